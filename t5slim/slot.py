@@ -1,0 +1,223 @@
+"""The T5 slot of a diffusers pipeline: finding it, and putting another module in it.
+
+A pipeline keeps its T5 in one component: `text_encoder`, `text_encoder_2` or `text_encoder_3`.
+Which one is read from the module that is there (its `config.model_type`) and, where there is none
+because T5 was skipped when the pipeline was loaded, from the annotations of the pipeline's
+`__init__`. So this file holds no table of pipelines, and doesn't import diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .errors import NoT5SlotError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_COMPONENT = re.compile(r"text_encoder(_\d+)?")
+_T5_CLASS = re.compile(r"\b(UM|M)?T5EncoderModel\b")
+_T5_MODEL_TYPES = frozenset({"t5", "mt5", "umt5"})
+
+# The denoiser's config key for the width of T5's rows, by family. Where one config has two such
+# keys, T5's comes first: HunyuanImage has `text_embed_dim` for Qwen and `text_embed_2_dim` for T5,
+# AudioLDM2 `text_encoder_dim` for CLAP and `text_encoder_1_dim` for T5.
+_WIDTH_KEYS = (
+    "joint_attention_dim",  # FLUX.1, SD3, Chroma, Bria, AuraFlow
+    "caption_channels",  # PixArt, LTX, Allegro, Latte, HiDream (a list: T5's, then Llama's)
+    "text_embed_2_dim",  # HunyuanImage, HunyuanVideo-1.5
+    "text_embed_dim",  # CogVideoX, CogView3-Plus, Mochi, Cosmos, GLM-Image
+    "text_dim",  # Wan, SkyReels, Helios
+    "cross_attention_dim_t5",  # HunyuanDiT
+    "encoder_hid_dim",  # DeepFloyd IF, Kandinsky 3
+    "dit_text_dim",  # LongCat-Audio
+    "text_encoder_1_dim",  # AudioLDM2
+    "text_encoder_dim",  # StableAudio
+)
+_WIDTH_OWNERS = ("transformer", "transformer_2", "unet", "projection_model")
+
+
+@dataclass(frozen=True)
+class TextSlot:
+    """Where a pipeline keeps its T5: the names of two components, such as `text_encoder_2`."""
+
+    name: str
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The component that makes the slot's ids: `tokenizer_2` for `text_encoder_2`."""
+        return self.name.replace("text_encoder", "tokenizer")
+
+
+def find_text_slot(pipe: Any) -> TextSlot:
+    """Find the T5 slot of a pipeline.
+
+    Args:
+        pipe: a `DiffusionPipeline`, or a class of them: then only the annotations of its `__init__`
+            are read. T5, mT5, UMT5 and ByT5 encoders count as T5, and so does a student.
+
+    Raises:
+        NoT5SlotError: no component is a T5 or, where it is None, is declared as one. The message
+            says which encoders the pipeline has.
+    """
+    cls = pipe if isinstance(pipe, type) else type(pipe)
+    encoders = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if not _COMPONENT.fullmatch(name):
+            continue
+        module = None if pipe is cls else getattr(pipe, name, None)
+        declared = parameter.annotation
+        if _is_t5(module) or (module is None and _T5_CLASS.search(str(declared))):
+            return TextSlot(name)
+        if module is not None:
+            encoders[name] = type(module).__name__
+        else:
+            encoders[name] = f"none, declared as {getattr(declared, '__name__', declared)}"
+    listing = ", ".join(f"{name} ({what})" for name, what in encoders.items())
+    raise NoT5SlotError(
+        f"{cls.__name__} has no T5 text encoder. Its text encoders: {listing or 'none'}. t5slim "
+        "replaces T5 encoders, as in FLUX.1, Stable Diffusion 3, PixArt, Chroma or LTX-Video. SDXL "
+        "and FLUX.2, for example, read their prompts with other models."
+    )
+
+
+def denoiser_text_width(pipe: Any) -> int | None:
+    """The width of the text rows that a pipeline's denoiser takes from its T5 slot.
+
+    Read from the denoiser's config (or from the config of the learned projection that stands before
+    it); for a denoiser whose config doesn't say, the width of the encoder in the slot.
+
+    Returns:
+        The number of channels, 4096 for FLUX.1; None if neither the denoiser nor the slot can tell.
+
+    Raises:
+        NoT5SlotError: the pipeline has no T5 slot.
+    """
+    slot = find_text_slot(pipe)
+    configs = [getattr(getattr(pipe, owner, None), "config", None) for owner in _WIDTH_OWNERS]
+    for key in _WIDTH_KEYS:
+        for config in configs:
+            width = getattr(config, key, None)
+            if isinstance(width, (list, tuple)):
+                width = width[0]
+            if width is not None:
+                return int(width)
+    encoder_config = getattr(getattr(pipe, slot.name, None), "config", None)
+    width = getattr(encoder_config, "project_out_dim", None) or getattr(
+        encoder_config, "d_model", None
+    )
+    return None if width is None else int(width)
+
+
+@contextmanager
+def occupy(pipe: Any, slot: TextSlot, module: PreTrainedModel) -> Iterator[None]:
+    """Put another module in the slot for the length of a `with` block.
+
+    When the block ends, also by an error, the slot holds what it held, its entry of
+    `model_index.json` is what it was, offload is enabled as it was, and `module` is without hooks
+    and back on its device.
+
+    Args:
+        pipe: a `DiffusionPipeline`. Its offload (model, sequential or group) covers `module` inside
+            the block; without offload, `module` stays on the device where it is.
+        slot: what `find_text_slot(pipe)` returned.
+        module: a `PreTrainedModel`, because pipelines ask it for `.device` and `.dtype`, with at
+            least one parameter, because offload hooks read the device from it.
+    """
+    host = getattr(pipe, slot.name)
+    entry = pipe.config[slot.name]
+    device = module.device
+    fill_slot(pipe, slot, module)
+    try:
+        yield
+    finally:
+        restore_slot(pipe, slot, host, entry)
+        module.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
+
+
+def fill_slot(pipe: Any, slot: TextSlot, module: nn.Module | None) -> None:
+    """Put `module` in the slot, under the same offload as the module that was there.
+
+    The module that leaves has no hooks of accelerate any more. Hooks of group offload stay on it,
+    and are there when it comes back.
+    """
+    host = getattr(pipe, slot.name)
+    with offload_paused(pipe):
+        # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json, and
+        # `from_pretrained` would then lose the module that `save_pretrained` wrote.
+        pipe.register_modules(**{slot.name: module})
+    hooks = _group_offload_hooks(host)
+    if hooks and module is not None and not _group_offload_hooks(module):
+        _apply_group_offload(module, hooks[0].config)
+
+
+def restore_slot(pipe: Any, slot: TextSlot, host: nn.Module | None, entry: Any) -> None:
+    """Undo `fill_slot`: `host` returns, with its entry of `model_index.json`; the guest is bare."""
+    guest = getattr(pipe, slot.name)
+    fill_slot(pipe, slot, host)
+    pipe.register_to_config(**{slot.name: entry})
+    for part in guest.modules():
+        registry = part.__dict__.pop("_diffusers_hook", None)
+        for name in list(registry.hooks) if registry is not None else ():
+            registry.remove_hook(name, recurse=False)
+
+
+@contextmanager
+def offload_paused(pipe: Any) -> Iterator[None]:
+    """Take off the hooks of model or sequential CPU offload, and enable the same offload again.
+
+    Without this, the module that leaves the pipeline lives on in `pipe._all_hooks`, and the one
+    that comes has no hook and never reaches the accelerator.
+    """
+    if getattr(pipe, "_all_hooks", None):
+        enable = pipe.enable_model_cpu_offload
+    elif hasattr(pipe, "_offload_device") and any(
+        hasattr(module, "_hf_hook") for module in pipe.components.values()
+    ):
+        enable = pipe.enable_sequential_cpu_offload
+    else:
+        yield
+        return
+    pipe.remove_all_hooks()
+    try:
+        yield
+    finally:
+        enable(device=pipe._offload_device)
+
+
+def _group_offload_hooks(module: nn.Module | None) -> list[Any]:
+    parts = [] if module is None else module.modules()
+    registries = [getattr(part, "_diffusers_hook", None) for part in parts]
+    hooks = [
+        registry.get_hook("group_offloading") for registry in registries if registry is not None
+    ]
+    return [hook for hook in hooks if hook is not None]
+
+
+def _apply_group_offload(module: nn.Module, config: Any) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        module,
+        onload_device=config.onload_device,
+        offload_device=config.offload_device,
+        offload_type=config.offload_type,
+        num_blocks_per_group=config.num_blocks_per_group,
+        non_blocking=config.non_blocking,
+        use_stream=config.stream is not None,
+        record_stream=config.record_stream,
+        low_cpu_mem_usage=config.low_cpu_mem_usage,
+        # Not to config.offload_to_disk_path: diffusers names files by layer and overwrites none, so
+        # a second student would silently run with the weights of the first.
+    )
+
+
+def _is_t5(module: object) -> bool:
+    return getattr(getattr(module, "config", None), "model_type", None) in _T5_MODEL_TYPES
