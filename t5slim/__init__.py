@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+__version__ = "0.1.0"
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Not lazy: importing the encoder is what registers students with AutoModel, and what lets diffusers
+# find their class when it loads a saved pipeline (it looks in sys.modules only).
+from .encoder import ProjectionAdapter, SlimT5Config, SlimT5Encoder
+from .errors import (
+    AlreadyPatchedError,
+    CheckpointError,
+    ConfigError,
+    DistillError,
+    HubAccessError,
+    IncompatibleStudentError,
+    NoT5SlotError,
+    PatchError,
+    T5SlimError,
+)
+
 if TYPE_CHECKING:
     from . import distill as distill
-    from .encoder import ProjectionAdapter, SlimT5Config, SlimT5Encoder
-    from .errors import (
-        AlreadyPatchedError,
-        CheckpointError,
-        ConfigError,
-        DistillError,
-        HubAccessError,
-        IncompatibleStudentError,
-        NoT5SlotError,
-        T5SlimError,
-    )
     from .patch import patch_pipeline, unpatch_pipeline
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlreadyPatchedError",
@@ -30,6 +34,7 @@ __all__ = [
     "HubAccessError",
     "IncompatibleStudentError",
     "NoT5SlotError",
+    "PatchError",
     "ProjectionAdapter",
     "SlimT5Config",
     "SlimT5Encoder",
@@ -38,22 +43,16 @@ __all__ = [
     "unpatch_pipeline",
 ]
 
-# Resolved on first use (PEP 562): `import t5slim` itself loads neither diffusers nor the trainer.
-_MODULES = dict.fromkeys(__all__, "t5slim.errors") | {
-    "ProjectionAdapter": "t5slim.encoder",
-    "SlimT5Config": "t5slim.encoder",
-    "SlimT5Encoder": "t5slim.encoder",
-    "patch_pipeline": "t5slim.patch",
-    "unpatch_pipeline": "t5slim.patch",
-}
+# Resolved on first use (PEP 562), so that `import t5slim` loads neither diffusers nor the trainer.
+_LAZY = {"patch_pipeline": "t5slim.patch", "unpatch_pipeline": "t5slim.patch"}
 
 
 def __getattr__(name: str) -> Any:
     if name == "distill":
         return import_module("t5slim.distill")
-    if name not in _MODULES:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
     return value
 
 

@@ -29,7 +29,11 @@ class IncompatibleStudentError(T5SlimError, ValueError):
     """The student doesn't fit the pipeline: another vocabulary, or another output width."""
 
 
-class AlreadyPatchedError(T5SlimError, ValueError):
+class PatchError(T5SlimError, ValueError):
+    """The pipeline can't be patched, or unpatched, in the state that it is in."""
+
+
+class AlreadyPatchedError(PatchError):
     """The pipeline already holds a student."""
 
 
