@@ -1,0 +1,89 @@
+"""The student through the whole pipeline, for pipelines that change T5's rows on their way.
+
+StableAudio projects them with a learned layer, others read them with a ControlNet as well. There the
+pipeline's own code is run under autograd: the student in the text slot, and a denoiser that makes its
+prediction where one is asked for and returns the recorded answer, so that x_t stays the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DistillError
+from .walk import (
+    DenoiserCall,
+    Walk,
+    call_denoiser,
+    first_tensor,
+    run_pipeline,
+    tensors_in,
+    with_first_tensor,
+)
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def predict_through_pipeline(
+    pipe: DiffusionPipeline,
+    walk: Walk,
+    encode: Callable[[Tensor, Tensor | None], Tensor],
+    calls: Collection[int],
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[int, Tensor]:
+    """The denoiser's predictions at some calls of a walk, with other rows in the text slot.
+
+    Needs no map of where T5's rows go, so it serves every pipeline; it costs the pipeline's own code and
+    only rows of one walk and one call can share a batch.
+
+    Args:
+        pipe: the pipeline of the walk.
+        walk: what `capture` returned.
+        encode: `encode(input_ids, attention_mask)` gives the rows, (B, S, D).
+        calls: which denoiser calls of the walk to predict.
+        autocast_dtype: run the denoiser under autocast to this dtype.
+
+    Returns:
+        For each call its prediction, (R, ...), differentiable in the rows if grad is enabled.
+
+    Raises:
+        DistillError: x_t or another input that doesn't come from the text isn't what it was in the walk:
+            the pipeline draws random numbers beside its generator.
+    """
+    predictions: dict[int, Tensor] = {}
+    slot_calls = iter(walk.slot_calls)
+    denoiser_calls = iter(enumerate(walk.denoiser_calls))
+
+    def student_rows(_: Callable[..., Any], input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        return encode(input_ids, mask).to(next(slot_calls).rows.dtype)
+
+    def predict_or_repeat(name: str, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        i, recorded = next(denoiser_calls)
+        if torch.is_grad_enabled():
+            _check_same_path(pipe, recorded, kwargs)
+        if i in calls:
+            output = call_denoiser(getattr(pipe, name), forward, kwargs, autocast_dtype)
+            predictions[i] = first_tensor(output)
+        return with_first_tensor(recorded.output, recorded.target.clone())
+
+    run_pipeline(
+        pipe, walk.prompts, walk.pipeline_kwargs, walk.seed,
+        encode=student_rows, denoise=predict_or_repeat, zero_pooled=walk.zero_pooled,
+        grad=torch.is_grad_enabled(),
+    )  # fmt: skip
+    return predictions
+
+
+def _check_same_path(pipe: DiffusionPipeline, recorded: DenoiserCall, kwargs: dict[str, Any]) -> None:
+    now = tensors_in(kwargs)
+    for path, then in tensors_in(recorded.kwargs).items():
+        if not now[path].requires_grad and not torch.equal(now[path], then):
+            raise DistillError(
+                f"{type(pipe).__name__} called its denoiser with another {'/'.join(map(str, path))} when "
+                "it was walked again from the same seed: its trajectory can't be learned from. Check "
+                "that its scheduler draws its noise from the pipeline's generator."
+            )

@@ -1,0 +1,421 @@
+"""Distil a student in the place of a pipeline's T5."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..encoder import SlimT5Encoder
+from ..errors import DistillError
+from ..slot import find_text_slot
+from .walk import DENOISERS, autocast, check_pipeline_kwargs
+from .config import DistillConfig
+from .examples import EmbeddingExamples, VelocityExamples
+from .metrics import VelocityGap
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+HISTORY_FILE = "history.jsonl"
+METADATA_FILE = "distillation.json"
+
+
+@dataclass
+class DistillResult:
+    """What a distillation came to.
+
+    Attributes:
+        student: the student that was passed, trained: averaged weights, in its dtype, in eval mode.
+        steps: updates made.
+        seconds: training time, without evaluations and checkpoints.
+        teacher_rows: batch rows that the denoiser predicted for the teacher, over all processes.
+        student_rows: batch rows that it predicted for the student (and went backwards through).
+        loss: mean over the updates since the last entry of `history`.
+        gap: velocity gap of the student on `eval_prompts`; None without.
+        raw_gap: the same with the last weights instead of the averaged ones.
+        history: an entry for each evaluation: step, seconds, teacher_rows, student_rows, loss,
+            learning_rate, gap. The file `history.jsonl` holds the same.
+    """
+
+    student: nn.Module
+    steps: int = 0
+    seconds: float = 0.0
+    teacher_rows: int = 0
+    student_rows: int = 0
+    loss: float = math.nan
+    gap: float | None = None
+    raw_gap: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    pipe: DiffusionPipeline,
+    student: SlimT5Encoder,
+    prompts: Sequence[str] | str | os.PathLike[str],
+    config: DistillConfig | None = None,
+    *,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+    eval_prompts: Sequence[str] | str | os.PathLike[str] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> DistillResult:
+    """Distil `student` to take the place of the T5 in `pipe`. No images are needed, only prompts.
+
+    The pipeline is the teacher: it is run on the prompts as a user would run it, and the student learns
+    to make its denoiser predict the same. Teacher, denoiser and everything else in the pipeline are
+    frozen; the student's encoder and projection are trained in float32, whatever the student's dtype.
+
+        result = train(pipe, student, "prompts.txt", pipeline_kwargs={"height": 512, "width": 512})
+        patch_pipeline(pipe, result.student)
+
+    On several GPUs, start with `accelerate launch`, each process with the pipeline on its own device.
+
+    Args:
+        pipe: a pipeline with a T5 in its text slot, on the device to train on.
+        student: with the vocabulary of that T5 and the width of its rows. Trained in place.
+        prompts: a list, or a text file with one prompt on each line; blank ones are dropped.
+        config: a `DistillConfig`; default: the defaults. `DistillConfig.paper()` has the paper's settings.
+        pipeline_kwargs: how the pipeline is called: `height`, `width`, `num_inference_steps`,
+            `guidance_scale`, `max_sequence_length`, `negative_prompt`...: what the student should be
+            good at. `num_inference_steps` may be smaller than in use: 20 in the paper.
+        eval_prompts: prompts to measure the velocity gap on every `config.eval_every` updates, as a list
+            or file. They should not be among `prompts`.
+        output_dir: where to save the student (at each evaluation and in the end) with `history.jsonl` and
+            `distillation.json`. Loaded with `SlimT5Encoder.from_pretrained(output_dir)`.
+
+    Returns:
+        A `DistillResult`; its `student` is the one passed.
+
+    Raises:
+        DistillError: no prompts; a student that is the teacher; an `output_dir` that holds another run;
+            `pipeline_kwargs` that the pipeline doesn't take; or a loss that is not finite any more, and
+            then the student and `output_dir` hold the last good weights.
+        NoT5SlotError: the pipeline has no T5.
+        IncompatibleStudentError: the student has another vocabulary, or rows of another width.
+    """
+    config = config or DistillConfig()
+    kwargs = dict(pipeline_kwargs or {})
+    prompts = load_prompts(prompts, "prompts")
+    held_out = None if eval_prompts is None else load_prompts(eval_prompts, "eval_prompts")
+    _check_student(pipe, student)
+    check_pipeline_kwargs(pipe, kwargs)
+    folder = None if output_dir is None else _check_output_dir(Path(output_dir))
+
+    facts = _facts(pipe, student, config, kwargs, prompts, held_out)
+
+    accelerator = Accelerator()
+    device = torch.device(pipe._execution_device)
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(pipe, config.gradient_checkpointing))
+        stack.enter_context(_master_weights(student, device))
+        # Dropout draws from the global generators: seeded here, and given back as they were.
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.manual_seed(config.seed + accelerator.process_index)
+
+        measure = None
+        if held_out is not None and accelerator.is_main_process:
+            measure = VelocityGap(
+                pipe, held_out, pipeline_kwargs=kwargs, batch_size=config.batch_size
+            )
+        examples_class = VelocityExamples if config.objective == "velocity" else EmbeddingExamples
+        run = _Run(accelerator, student, config, measure, folder)
+        run.write_metadata(facts)
+        shard = prompts[accelerator.process_index :: accelerator.num_processes] or prompts
+        seed = config.seed + 7919 * accelerator.process_index
+        run.updates(run.timed(lambda: examples_class(pipe, shard, config, kwargs, seed)), device)
+    result = run.finish()
+    run.write_metadata(facts)
+    return result
+
+
+def load_prompts(prompts: Sequence[str] | str | os.PathLike[str], name: str) -> list[str]:
+    """A list of prompts, or the lines of a text file, without surrounding white space and blank ones."""
+    if isinstance(prompts, (str, os.PathLike)):
+        path = Path(prompts)
+        if not path.is_file():
+            raise DistillError(
+                f"{name} is {str(prompts)!r}, and there is no such file. Pass a list of prompts, or the "
+                "path of a text file with one on each line."
+            )
+        lines = path.read_text(encoding="utf-8").splitlines()
+        source = f"the file {path}"
+    else:
+        lines = list(prompts)
+        source = "a list"
+        for line in lines:
+            if not isinstance(line, str):
+                raise DistillError(f"{name} holds {line!r}; expected strings.")
+    kept = [line.strip() for line in lines if line.strip()]
+    if not kept:
+        raise DistillError(f"{name} is {source} without a prompt in it; at least one is needed.")
+    return kept
+
+
+class _Run:
+    """The loop of updates, and what it leaves behind."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: SlimT5Encoder,
+        config: DistillConfig,
+        measure: VelocityGap | None,
+        folder: Path | None,
+    ) -> None:
+        self._accelerator = accelerator
+        self._student = student
+        self._config = config
+        self._measure = measure
+        self._folder = folder if accelerator.is_main_process else None
+        # The student that is measured, saved and returned; without averaging, the trained one itself.
+        self._average = copy.deepcopy(student).eval() if config.ema_decay else student
+        self._losses: list[float] = []
+        self.result = DistillResult(student)
+
+    def timed(self, work: Callable[[], Any]) -> Any:
+        """Do work that counts as training time."""
+        start = time.perf_counter()
+        done = work()
+        self.result.seconds += time.perf_counter() - start
+        return done
+
+    def updates(self, examples: VelocityExamples | EmbeddingExamples, device: torch.device) -> None:
+        """Train until `max_steps` or `max_seconds`, whichever comes first."""
+        config, result, accelerator = self._config, self.result, self._accelerator
+        trained = [p for p in self._student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, weight_decay=config.weight_decay)
+        # device_placement: the student is on the pipeline's device, which need not be accelerate's.
+        model, optimizer = accelerator.prepare(
+            self._student.train(), optimizer, device_placement=[False, False]
+        )
+
+        def update() -> float:
+            # Set here, not by a scheduler: accelerate steps a prepared one num_processes times.
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(result.steps, result.seconds)
+            with autocast(device, torch.bfloat16 if config.mixed_precision == "bf16" else None):
+                loss = examples.loss(model).mean()
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise DistillError(
+                    f"The gradient of update {result.steps + 1} is not finite (loss {loss.item()}). The "
+                    "student holds the weights before it. Try a smaller learning_rate, or a pipeline in "
+                    "bfloat16 or float32 if it is in float16."
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            self._update_average()
+            return loss.item()
+
+        bar = tqdm(
+            total=config.max_steps, desc="distil", unit="update",
+            disable=not accelerator.is_main_process,
+        )  # fmt: skip
+        with bar:
+            finished = False
+            while not finished:
+                self._losses.append(self.timed(update))
+                result.steps += 1
+                result.teacher_rows = examples.teacher_rows * accelerator.num_processes
+                result.student_rows = examples.student_rows * accelerator.num_processes
+                finished = result.steps >= config.max_steps or self._out_of_time(device)
+                if finished or result.steps % config.eval_every == 0:
+                    self._evaluate(finished)
+                bar.update()
+                gap = "-" if result.gap is None else f"{result.gap:.4f}"
+                recent = self._losses[-100:] or [result.loss]
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3g}", gap=gap, refresh=False)
+        accelerator.free_memory()
+
+    def finish(self) -> DistillResult:
+        """Give the student its averaged weights, and write what remains to be written."""
+        if self._average is not self._student:
+            with torch.no_grad():
+                for parameter, average in self._pairs():
+                    parameter.copy_(average)
+        if self._folder is not None:
+            self._student.save_pretrained(self._folder)
+        return self.result
+
+    def write_metadata(self, facts: dict[str, Any]) -> None:
+        """Write `distillation.json`: what was trained on what, with which settings, and the outcome."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        outcome = {
+            key: value
+            for key, value in vars(self.result).items()
+            if key not in ("student", "history")
+        }
+        text = json.dumps({**facts, "result": outcome}, indent=2, default=str) + "\n"
+        temporary = self._folder / f".{METADATA_FILE}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self._folder / METADATA_FILE)
+
+    def _evaluate(self, finished: bool) -> None:
+        result = self.result
+        result.loss = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        if self._measure is not None:
+            result.gap = self._measure(self._average)
+            if finished:
+                averaged = self._average is not self._student
+                result.raw_gap = self._measure(self._student) if averaged else result.gap
+        names = ("seconds", "teacher_rows", "student_rows", "loss", "gap")
+        entry = {"step": result.steps, **{name: getattr(result, name) for name in names}}
+        result.history.append(entry)
+        if self._folder is not None:
+            with open(self._folder / HISTORY_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            if not finished:  # then `finish` saves it, in the student's own dtype
+                self._average.save_pretrained(self._folder)
+        self._accelerator.wait_for_everyone()
+
+    def _update_average(self) -> None:
+        if self._average is self._student:
+            return
+        # Short at first, so that the random start is forgotten as fast as it is trained away.
+        decay = min(self._config.ema_decay, (1 + self.result.steps) / (10 + self.result.steps))
+        with torch.no_grad():
+            for parameter, average in self._pairs():
+                average.lerp_(parameter, 1 - decay)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self._student.parameters(), self._average.parameters(), strict=True)
+
+    def _out_of_time(self, device: torch.device) -> bool:
+        if self._config.max_seconds is None:
+            return False
+        if self._accelerator.num_processes > 1:  # all must stop at the same update
+            seconds = torch.tensor(self.result.seconds, dtype=torch.float64, device=device)
+            self.result.seconds = broadcast(seconds).item()
+        return self.result.seconds >= self._config.max_seconds
+
+
+def _facts(
+    pipe: DiffusionPipeline,
+    student: SlimT5Encoder,
+    config: DistillConfig,
+    pipeline_kwargs: dict[str, Any],
+    prompts: list[str],
+    eval_prompts: list[str] | None,
+) -> dict[str, Any]:
+    """What a reader of the checkpoint, or its model card, needs to know of its making."""
+    packages = ("t5slim", "torch", "diffusers", "transformers", "accelerate")
+    return {
+        "pipeline": type(pipe).__name__,
+        "pipeline_name_or_path": pipe.config.get("_name_or_path"),
+        "student_base_model": getattr(student.config, "base_model", None),
+        "config": config.to_dict(),
+        "pipeline_kwargs": pipeline_kwargs,
+        "num_prompts": len(prompts),
+        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "num_eval_prompts": 0 if eval_prompts is None else len(eval_prompts),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree
+        return None
+
+
+def _check_student(pipe: DiffusionPipeline, student: SlimT5Encoder) -> None:
+    slot = find_text_slot(pipe)
+    teacher = getattr(pipe, slot.name)
+    if not isinstance(student, SlimT5Encoder):
+        raise DistillError(
+            f"student is a {type(student).__name__}; expected a SlimT5Encoder. SlimT5Encoder.from_t5 makes "
+            "one of a small T5."
+        )
+    if teacher is None:
+        raise DistillError(
+            f"{type(pipe).__name__}.{slot.name} is None: there is no teacher to learn from. Load the "
+            "pipeline with its T5."
+        )
+    memory = {parameter.data_ptr() for parameter in student.parameters()}
+    if any(parameter.data_ptr() in memory for parameter in teacher.parameters()):
+        raise DistillError(
+            f"The student is the teacher, or shares weights with it: {type(pipe).__name__}.{slot.name} must "
+            "hold the T5 that it is to learn from. Call unpatch_pipeline(pipe) if you patched it."
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise DistillError("No parameter of the student requires a gradient: it can't learn.")
+
+
+def _check_output_dir(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise DistillError(f"output_dir is {str(folder)!r}, which is a file; expected a folder.")
+    for pattern in (METADATA_FILE, HISTORY_FILE, "config.json", "*.safetensors"):
+        for found in folder.glob(pattern):
+            raise DistillError(
+                f"output_dir {str(folder)!r} holds another run or model ({found.name}). Pass a new folder, "
+                "or remove that one."
+            )
+    return folder
+
+
+@contextmanager
+def _frozen(pipe: DiffusionPipeline, gradient_checkpointing: bool) -> Iterator[None]:
+    """Nothing in the pipeline gets a gradient or drops out; afterwards it is set as it was."""
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    grads = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    denoisers = [getattr(pipe, name, None) for name in DENOISERS] if gradient_checkpointing else []
+    switched = [d for d in denoisers if d is not None and not d.is_gradient_checkpointing]
+    for parameter, _ in grads:
+        parameter.requires_grad_(False)
+    for part, _ in modes:
+        part.training = False
+    for denoiser in switched:
+        denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for denoiser in switched:
+            denoiser.disable_gradient_checkpointing()
+        for part, mode in modes:
+            part.training = mode
+        for parameter, grad in grads:
+            parameter.requires_grad_(grad)
+
+
+@contextmanager
+def _master_weights(student: nn.Module, device: torch.device) -> Iterator[None]:
+    """The student in float32 on `device`; afterwards each weight in its dtype again, in eval mode.
+
+    Updates of 1e-4 of a weight are lost in bfloat16's 8 bits.
+    """
+    student.to(device)
+    # Parameter by parameter, as a student in float16 keeps its `wo` in float32.
+    dtypes = [(parameter, parameter.dtype) for parameter in student.parameters()]
+    for parameter, _ in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in dtypes:
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+        student.eval()

@@ -1,0 +1,404 @@
+"""Run the user's own pipeline as the teacher, and record what its denoiser is asked and answers.
+
+Everything that a walk needs beside the prompts (schedule, latent packing, guidance, classifier-free
+guidance) is the pipeline's. Two modules are overheard on the way, the T5 in the text slot and the
+denoiser, and both by the same means: their `forward` is replaced for the length of one call. So device,
+dtype, config and offload hooks stay those of the module that the pipeline knows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DistillError
+from ..slot import TextSlot, find_text_slot
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# What a pipeline may call for a prediction. Wan has two experts, DeepFloyd IF and Kandinsky 3 a UNet.
+DENOISERS = ("transformer", "transformer_2", "unet")
+# Set by the library for every walk.
+RESERVED_KWARGS = ("prompt", "generator", "latents", "output_type", "return_dict")
+
+Path = tuple[Any, ...]
+Encode = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
+Denoise = Callable[[str, Callable[..., Any], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class SlotCall:
+    """One call of the encoder in the slot.
+
+    Attributes:
+        input_ids: (B, S) int64.
+        attention_mask: (B, S), or None for the pipelines that pass none (FLUX.1, SD3, LTX).
+        rows: (B, S, D), the teacher's output in its own dtype.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """One call of the denoiser: its arguments by name, and its answer.
+
+    Attributes:
+        denoiser: the component that was called, such as `transformer`.
+        kwargs: every argument, also the positional ones, under its name in `forward`. Tensors are
+            copies; one that several calls share (the text) is one copy.
+        output: what `forward` returned.
+    """
+
+    denoiser: str
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def target(self) -> Tensor:
+        """The teacher's prediction, (R, ...): one row for each prompt, or two under CFG."""
+        return first_tensor(self.output)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The teacher's trajectories for a batch of prompts, with all that is needed to walk them again."""
+
+    prompts: tuple[str, ...]
+    pipeline_kwargs: dict[str, Any]
+    seed: int
+    zero_pooled: bool
+    slot_calls: tuple[SlotCall, ...]
+    denoiser_calls: tuple[DenoiserCall, ...]
+
+    @property
+    def denoiser_rows(self) -> int:
+        """How many batch rows the denoiser predicted: the cost of this walk."""
+        return sum(call.target.shape[0] for call in self.denoiser_calls)
+
+
+def capture(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    zero_pooled: bool = False,
+    encode: Encode | None = None,
+    autocast_dtype: torch.dtype | None = None,
+) -> Walk:
+    """Run `pipe` on a batch of prompts and record its denoiser calls. No image is decoded.
+
+    Args:
+        pipe: a pipeline with a T5 in its text slot.
+        prompts: the batch, B prompts.
+        pipeline_kwargs: how to call the pipeline: `height`, `width`, `num_inference_steps`,
+            `guidance_scale`, `max_sequence_length`, ... A `negative_prompt` is one string.
+        seed: of the noise that the trajectories start from, and of a stochastic scheduler.
+        zero_pooled: replace `pooled_projections` by zeros, where the denoiser takes one (section 4 of
+            arXiv 2503.19897: so that T5's rows, and not CLIP's vector, must carry the prompt).
+        encode: called in place of the encoder's `forward`, as `encode(forward, input_ids,
+            attention_mask)`; returns (B, S, D). Default: the encoder itself.
+        autocast_dtype: run the denoiser, and nothing else, under autocast to this dtype. Its answer is
+            cast back to the denoiser's own dtype, which schedulers would otherwise pass on to x_t.
+
+    Returns:
+        The `Walk`. The pipeline is as it was.
+
+    Raises:
+        NoT5SlotError: the pipeline has no T5.
+        DistillError: `pipeline_kwargs` has a name that the pipeline doesn't take, or the denoiser was
+            never called.
+    """
+    slot_calls: list[SlotCall] = []
+    denoiser_calls: list[DenoiserCall] = []
+    copy = _CopyOnce()
+
+    def record_encoder(
+        forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        rows = (encode or call_encoder)(forward, input_ids, attention_mask)
+        slot_calls.append(
+            SlotCall(
+                input_ids.clone(), None if attention_mask is None else attention_mask.clone(), rows
+            )
+        )
+        return rows.clone()  # Cosmos zeroes rows of what it gets in place
+
+    def record_denoiser(
+        name: str, forward: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> Any:
+        recorded = map_tensors(kwargs, lambda _, tensor: copy(tensor))
+        output = call_denoiser(getattr(pipe, name), forward, kwargs, autocast_dtype)
+        target = first_tensor(output).clone()
+        denoiser_calls.append(DenoiserCall(name, recorded, with_first_tensor(output, target)))
+        return output
+
+    run_pipeline(
+        pipe, prompts, pipeline_kwargs or {}, seed,
+        encode=record_encoder, denoise=record_denoiser, zero_pooled=zero_pooled,
+    )  # fmt: skip
+    if not denoiser_calls or not slot_calls:
+        raise DistillError(
+            f"{type(pipe).__name__} made {len(slot_calls)} calls of its T5 and {len(denoiser_calls)} of "
+            f"its denoiser (one of {', '.join(DENOISERS)}); distillation needs at least one of each."
+        )
+    return Walk(
+        tuple(prompts), dict(pipeline_kwargs or {}), seed, zero_pooled,
+        tuple(slot_calls), tuple(denoiser_calls),
+    )  # fmt: skip
+
+
+def tokenize(
+    pipe: DiffusionPipeline, prompts: Sequence[str], pipeline_kwargs: Mapping[str, Any], encode: Encode
+) -> None:
+    """Run `pipe` up to its first denoiser call: `encode` sees every prompt as the pipeline tokenizes it."""
+
+    class Reached(Exception):
+        pass
+
+    def stop(*_: Any) -> Any:
+        raise Reached
+
+    try:
+        run_pipeline(pipe, prompts, pipeline_kwargs, 0, encode=encode, denoise=stop)
+    except Reached:
+        pipe.maybe_free_model_hooks()  # the end of the pipeline's call, which was not reached
+
+
+def run_pipeline(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    pipeline_kwargs: Mapping[str, Any],
+    seed: int,
+    *,
+    encode: Encode,
+    denoise: Denoise,
+    zero_pooled: bool = False,
+    grad: bool = False,
+) -> None:
+    """Call `pipe` with `encode` in place of its T5 and `denoise` in place of its denoiser.
+
+    Args:
+        encode: `encode(forward, input_ids, attention_mask)` returns T5's rows, (B, S, D).
+        denoise: `denoise(name, forward, kwargs)` returns what the denoiser would.
+        grad: keep the autograd graph from T5's rows to the denoiser's arguments, for which the
+            pipeline's call is taken from under its `torch.no_grad`.
+    """
+    slot = find_text_slot(pipe)
+    check_pipeline_kwargs(pipe, pipeline_kwargs)
+    kwargs: dict[str, Any] = {
+        # Some pipelines take a string for the whole batch and some only a list: all take the list.
+        name: [value] * len(prompts)
+        if name.startswith("negative_prompt") and isinstance(value, str)
+        else value
+        for name, value in pipeline_kwargs.items()
+    }
+
+    def encoder_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        arguments = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        if arguments.get("output_hidden_states"):
+            raise DistillError(
+                f"{type(pipe).__name__} reads T5's hidden states, not only its output: it can't be distilled."
+            )
+        rows = encode(forward, arguments["input_ids"], arguments.get("attention_mask"))
+        return BaseModelOutput(last_hidden_state=rows)
+
+    def denoiser_forward(name: str, module: nn.Module) -> Callable[..., Any]:
+        # The class's forward: an instance's may be wrapped, by offload hooks or by us.
+        signature = inspect.signature(type(getattr(module, "_orig_mod", module)).forward)
+
+        def named_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            arguments = _by_name(signature, args, kwargs)
+            if zero_pooled and arguments.get("pooled_projections") is not None:
+                arguments["pooled_projections"] = torch.zeros_like(arguments["pooled_projections"])
+            return denoise(name, forward, arguments)
+
+        return named_forward
+
+    call: Callable[..., Any] = pipe
+    if grad:
+        call = partial(undecorated_call(pipe), pipe)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet(pipe))
+        stack.enter_context(_intercept(_encoder(pipe, slot), encoder_forward))
+        for name in DENOISERS:
+            module = getattr(pipe, name, None)
+            if isinstance(module, nn.Module):
+                stack.enter_context(_intercept(module, denoiser_forward(name, module)))
+        generator = torch.Generator().manual_seed(seed)
+        call(list(prompts), generator=generator, output_type="latent", **kwargs)
+
+
+def check_pipeline_kwargs(
+    pipe: DiffusionPipeline, pipeline_kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse names that the pipeline doesn't take, or that the library sets itself."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for name in pipeline_kwargs:
+        if name in RESERVED_KWARGS or name.endswith("prompt_embeds"):
+            raise DistillError(
+                f"pipeline_kwargs may not hold {name!r}: distillation passes the prompts and sets "
+                f"{', '.join(RESERVED_KWARGS[1:])} itself."
+            )
+        if name not in parameters and not open_ended:
+            raise DistillError(
+                f"pipeline_kwargs holds {name!r}, which {type(pipe).__name__} doesn't take. It takes: "
+                f"{', '.join(p for p in parameters if p != 'self')}."
+            )
+
+
+def undecorated_call(pipe: DiffusionPipeline) -> Callable[..., Any]:
+    """The pipeline's `__call__` from under its `torch.no_grad` decorator."""
+    call = getattr(type(pipe).__call__, "__wrapped__", None)
+    if call is None:
+        raise DistillError(
+            f"{type(pipe).__name__}.__call__ isn't a function decorated with torch.no_grad, as those of "
+            "diffusers are: gradients can't be led through it."
+        )
+    return call
+
+
+def call_encoder(
+    forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """T5's last hidden state, (B, S, D)."""
+    if attention_mask is None:
+        return forward(input_ids)[0]
+    return forward(input_ids, attention_mask=attention_mask)[0]
+
+
+def call_denoiser(
+    denoiser: nn.Module,
+    forward: Callable[..., Any],
+    kwargs: dict[str, Any],
+    autocast_dtype: torch.dtype | None,
+) -> Any:
+    """`forward(**kwargs)`, if asked under autocast, its answer in the denoiser's own dtype."""
+    if autocast_dtype is None:
+        return forward(**kwargs)
+    with autocast(denoiser.device, autocast_dtype):
+        output = forward(**kwargs)
+    return with_first_tensor(output, first_tensor(output).to(denoiser.dtype))
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Autocast to `dtype` on `device`; with None, nothing.
+
+    Not `Accelerator.autocast`: accelerate fixes the precision once for a process, and a notebook that
+    trains a second time with another one would be refused.
+    """
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The prediction in what a denoiser returned: a tensor, a tuple, or diffusers' output class."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """`output` with another prediction in it."""
+    if isinstance(output, Tensor):
+        return tensor
+    return (tensor, *output[1:]) if isinstance(output, tuple) else type(output)(tensor)
+
+
+def map_tensors(tree: Any, function: Callable[[Path, Tensor], Any], path: Path = ()) -> Any:
+    """Copy nested dicts, lists and tuples, with `function(path, tensor)` for each tensor in them."""
+    if isinstance(tree, Tensor):
+        return function(path, tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(value, function, (*path, key)) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(map_tensors(value, function, (*path, i)) for i, value in enumerate(tree))
+    return tree
+
+
+def tensors_in(tree: Any) -> dict[Path, Tensor]:
+    """Every tensor in nested dicts, lists and tuples, by its path."""
+    found: dict[Path, Tensor] = {}
+    map_tensors(tree, found.__setitem__)
+    return found
+
+
+class _CopyOnce:
+    """Clones tensors; the same one again, if nothing was written into it since, gives the same clone."""
+
+    def __init__(self) -> None:
+        self._clones: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        key = (id(tensor), tensor._version)
+        if key not in self._clones:
+            # The original is held, too: its id would be given to another tensor if it were freed.
+            self._clones[key] = (tensor, tensor.detach().clone())
+        return self._clones[key][1]
+
+
+def _encoder(pipe: DiffusionPipeline, slot: TextSlot) -> nn.Module:
+    encoder = getattr(pipe, slot.name)
+    if encoder is None:
+        raise DistillError(
+            f"{type(pipe).__name__}.{slot.name} is None: there is no teacher to learn from. Load the "
+            "pipeline with its T5."
+        )
+    return encoder
+
+
+def _by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    arguments = dict(signature.bind(None, *args, **kwargs).arguments)
+    arguments.pop("self")
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
+
+
+@contextmanager
+def _intercept(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Let `function(forward, *args, **kwargs)` stand for the module's `forward`.
+
+    On the instance, where accelerate's offload hooks also put theirs: `forward` is then the hooked one.
+    """
+    before = module.__dict__.get("forward")
+    module.forward = partial(function, module.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before  # type: ignore[method-assign]
+
+
+@contextmanager
+def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
+    """No progress bar of the pipeline's, and no word on truncated prompts for every batch of a training."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bar = pipe.__dict__.get("_progress_bar_config")
+    logging.set_verbosity_error()
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bar
