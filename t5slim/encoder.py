@@ -59,6 +59,10 @@ class ProjectionAdapter(nn.Sequential):
         nn.init.normal_(self.get_parameter("0.weight"), std=(2 / in_dim) ** 0.5)
         nn.init.normal_(self.get_parameter("3.weight"), std=out_dim**-0.5)
 
+    def __getitem__(self, index: int | slice) -> Any:
+        """A layer. A slice, as diffusers' group offload takes, is a plain Sequential."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
+
 
 class SlimT5Encoder(T5PreTrainedModel):
     """A T5 encoder with a projection: what stands in for T5-XXL in a diffusers pipeline.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _COMPONENT = re.compile(r"text_encoder(_\d+)?")
 _T5_CLASS = re.compile(r"\b(UM|M)?T5EncoderModel\b")
-_T5_MODEL_TYPES = frozenset({"t5", "mt5", "umt5"})
+_T5_MODEL_TYPES = frozenset({"t5", "mt5", "umt5", "slim_t5"})
 
 # The denoiser's config key for the width of T5's rows, by family. Where one config has two such
 # keys, T5's comes first: HunyuanImage has `text_embed_dim` for Qwen and `text_embed_2_dim` for T5,
@@ -122,7 +122,7 @@ def occupy(pipe: Any, slot: TextSlot, module: PreTrainedModel) -> Iterator[None]
 
     When the block ends, also by an error, the slot holds what it held, its entry of
     `model_index.json` is what it was, offload is enabled as it was, and `module` is without hooks
-    and back on its device.
+    and back on its device, with the same Parameter objects.
 
     Args:
         pipe: a `DiffusionPipeline`. Its offload (model, sequential or group) covers `module` inside
@@ -134,11 +134,19 @@ def occupy(pipe: Any, slot: TextSlot, module: PreTrainedModel) -> Iterator[None]
     host = getattr(pipe, slot.name)
     entry = pipe.config[slot.name]
     device = module.device
+    parameters = {part: dict(part._parameters) for part in module.modules()}
     fill_slot(pipe, slot, module)
     try:
         yield
     finally:
         restore_slot(pipe, slot, host, entry)
+        # Sequential offload replaces the Parameter objects: an optimizer would go on with the old.
+        for part, owned in parameters.items():
+            for name, parameter in owned.items():
+                current = part._parameters[name]
+                if parameter is not None and current is not None and current is not parameter:
+                    parameter.data = current.data
+                    part._parameters[name] = parameter
         module.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
 
 
@@ -149,20 +157,25 @@ def fill_slot(pipe: Any, slot: TextSlot, module: nn.Module | None) -> None:
     and are there when it comes back.
     """
     host = getattr(pipe, slot.name)
+    hooks = _group_offload_hooks(host)
+    if hooks and module is not None and not _group_offload_hooks(module):
+        _apply_group_offload(module, hooks[0].config)
     with offload_paused(pipe):
         # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json, and
         # `from_pretrained` would then lose the module that `save_pretrained` wrote.
         pipe.register_modules(**{slot.name: module})
-    hooks = _group_offload_hooks(host)
-    if hooks and module is not None and not _group_offload_hooks(module):
-        _apply_group_offload(module, hooks[0].config)
 
 
-def restore_slot(pipe: Any, slot: TextSlot, host: nn.Module | None, entry: Any) -> None:
-    """Undo `fill_slot`: `host` returns, with its entry of `model_index.json`; the guest is bare."""
+def restore_slot(pipe: Any, slot: TextSlot, host: nn.Module | None, entry: Any = None) -> None:
+    """Undo `fill_slot`: `host` returns, and the guest leaves without hooks.
+
+    `entry` is what `model_index.json` said of `host`, which needn't be what it would say now: a
+    module that was assigned to an empty slot has none.
+    """
     guest = getattr(pipe, slot.name)
     fill_slot(pipe, slot, host)
-    pipe.register_to_config(**{slot.name: entry})
+    if entry is not None:
+        pipe.register_to_config(**{slot.name: entry})
     for part in guest.modules():
         registry = part.__dict__.pop("_diffusers_hook", None)
         for name in list(registry.hooks) if registry is not None else ():

@@ -1,0 +1,94 @@
+"""Does a student fit a pipeline? Asked before its weights are read and before anything changes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from typing import Any
+
+from .checkpoint import Source
+from .config import SlimT5Config
+from .encoder import SlimT5Encoder, _read_config
+from .errors import IncompatibleStudentError
+from .slot import denoiser_text_width, find_text_slot
+
+Student = SlimT5Encoder | str | os.PathLike[str]
+
+PUBLISHED_FLUX_STUDENT = "LifuWang/DistillT5"
+_PUBLISHED_FLUX_WIDTH = 4096
+
+
+def student_config(student: Student, **access: Any) -> SlimT5Config:
+    """The config of a student, without its weights.
+
+    Args:
+        student: A student, or the folder or Hub id of one.
+        **access: How to reach the Hub: `cache_dir`, `local_files_only`, `token`, ...
+
+    Raises:
+        IncompatibleStudentError: Something else, such as a T5EncoderModel.
+        ConfigError, CheckpointError, HubAccessError: As in `SlimT5Encoder.from_pretrained`.
+    """
+    if isinstance(student, SlimT5Encoder):
+        return student.config
+    if not isinstance(student, (str, os.PathLike)):
+        raise IncompatibleStudentError(
+            "a student is a SlimT5Encoder, or the folder or Hub id of one; got "
+            f"{type(student).__name__}. To make a student of a T5, see "
+            "t5slim.SlimT5Encoder.from_t5 and t5slim.distill.train."
+        )
+    return SlimT5Config.from_dict(_read_config(Source(os.fspath(student), **access))[1])
+
+
+def published_student(cls: type, width: int | None = None) -> str:
+    """The Hub id of the student that is published for a pipeline's denoiser.
+
+    Args:
+        cls: A class of pipelines.
+        width: The width of the rows that the denoiser takes, where it is known.
+
+    Raises:
+        IncompatibleStudentError: There is one for FLUX.1 only.
+    """
+    transformer = inspect.signature(cls).parameters.get("transformer")
+    is_flux = re.search(r"\bFluxTransformer2DModel\b", str(transformer)) is not None
+    if is_flux and width in (None, _PUBLISHED_FLUX_WIDTH):
+        return PUBLISHED_FLUX_STUDENT
+    reads = "" if width is None else f", whose denoiser takes rows of width {width}"
+    raise IncompatibleStudentError(
+        f"no student is published for {cls.__name__}{reads}. Pass one as `student`: a "
+        "SlimT5Encoder, or the folder or Hub id of one. t5slim.distill.train makes it."
+    )
+
+
+def check_compatible(config: SlimT5Config, pipe: Any) -> None:
+    """Compare a student's vocabulary with a pipeline's tokenizer, and its width with the denoiser.
+
+    Args:
+        config: The student's.
+        pipe: A `DiffusionPipeline`. A component that it was loaded without isn't asked.
+
+    Raises:
+        IncompatibleStudentError: They differ.
+        NoT5SlotError: The pipeline has no T5.
+    """
+    cls = type(pipe).__name__
+    tokenizer_name = find_text_slot(pipe).tokenizer_name
+    tokenizer = getattr(pipe, tokenizer_name, None)
+    # T5's embeddings are padded to a multiple of 128: 32,128 rows for 32,100 tokens, and 256,384
+    # for UMT5's 256,300. So a vocabulary is recognised by its size, rounded up.
+    if tokenizer is not None and -(-len(tokenizer) // 128) != -(-config.vocab_size // 128):
+        raise IncompatibleStudentError(
+            f"the student has a vocabulary of {config.vocab_size:,}, and {tokenizer_name} of this "
+            f"{cls} ({type(tokenizer).__name__}) one of {len(tokenizer):,}: the student would read "
+            "other words than the prompt's. Pass a student of the family of the pipeline's own "
+            "encoder: T5 and Flan-T5, mT5, UMT5 or ByT5."
+        )
+    width = denoiser_text_width(pipe)
+    if width is not None and config.project_out_dim != width:
+        raise IncompatibleStudentError(
+            f"the student's rows have width {config.project_out_dim} (config.project_out_dim), and "
+            f"the denoiser of this {cls} takes {width}. Pass a student that was made for it: "
+            f"t5slim.SlimT5Encoder.from_t5(..., projection_dim={width}), then t5slim.distill.train."
+        )
