@@ -1,0 +1,40 @@
+"""How well the miniature pipeline paints held-out captions, with and without an idle sentence.
+
+python examples/shapes_world/measure.py --count 500
+python examples/shapes_world/measure.py --count 500 --student examples/shapes_world/student
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import t5slim
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shapes_world import judge
+from shapes_world.painting import PIPELINE, captions, load_pipeline, paint
+
+
+def main() -> None:
+    """Paint the same scenes from the same noise twice, and let the judge read them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pipeline", type=Path, default=PIPELINE)
+    parser.add_argument("--student", help="a folder or Hub id; without it, the teacher paints")
+    parser.add_argument("--count", type=int, default=300, help="captions of each criterion")
+    args = parser.parse_args()
+    pipe = load_pipeline(args.pipeline)
+    if args.student:
+        t5slim.patch_pipeline(pipe, args.student)
+    results = {}
+    for name, chatter in (("caption alone", 0.0), ("with a sentence", 1.0)):
+        scenes, texts = captions(args.count, held_out=True, chatter=chatter)
+        results[name] = judge.accuracy(scenes, paint(pipe, texts))
+    print(" " * 12 + "".join(f"{name:>18}" for name in results))
+    for key in next(iter(results.values())):
+        print(f"{key:<12}" + "".join(f"{result[key]:>18.1%}" for result in results.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,573 @@
+"""Trains the miniature world's FluxPipeline from nothing, in the order in which FLUX's parts came
+to be.
+
+    python examples/shapes_world/train.py                # everything; continues where it stopped
+    python examples/shapes_world/train.py --stage vae    # only this; beside it, in a second shell:
+    python examples/shapes_world/train.py --stage language-model
+
+1. `vae`: an autoencoder of pictures. 2. `language-model`: the teacher T5 learns to fill in masked
+words; it never sees a picture, and is frozen from then on. 3. `clip`: the pooled vector's encoder,
+contrastively. 4. `denoiser`: rectified flow on latents, conditioned on the frozen T5. 5.
+`guidance`: guidance distillation, as FLUX.1-dev had it. 6. `export`.
+
+Every stage is a function of its step numbers alone (data and noise are seeded by them), so a stage
+that was stopped continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shapes_world import corpus, judge, world
+from shapes_world.painting import PIPELINE, captions, paint
+
+HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILE = False
+STEPS = {"vae": 2400, "language-model": 3000, "clip": 600, "denoiser": 16000, "guidance": 1500}
+CAPTIONS = (
+    67_200  # training captions whose T5 rows and latents are computed once and kept in memory
+)
+Data = dict[str, Tensor]
+
+
+# --- the parts ------------------------------------------------------------
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+        sample_size=world.SIDE,
+    )
+
+
+def make_teacher() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=corpus.VOCABULARY_SIZE,
+            d_model=256,
+            d_kv=32,
+            num_heads=8,
+            d_ff=768,
+            num_layers=6,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def make_clip() -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=corpus.VOCABULARY_SIZE,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=64,
+            max_position_embeddings=world.MAX_TOKENS,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=1,
+        )
+    )
+
+
+def make_denoiser() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=256,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+# --- one loop for all stages ------------------------------------------------
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss_of_step: Callable[[int], Tensor],
+    work: Path,
+    steps: int,
+    lr: float,
+    ema_decay: float = 0.0,
+    every: int = 1000,
+    look: Callable[[nn.Module], str] | None = None,
+) -> nn.Module:
+    """AdamW in bf16 autocast with warm-up and a linear decay over the last quarter; returns
+    `module` (its average).
+
+    Continues from `work/name.safetensors`; `look` describes the (averaged) module after every
+    `every` steps.
+    """
+    path, log = work / f"{name}.safetensors", work / f"{name}.jsonl"
+    module.to(DEVICE).train()
+    params = dict(module.named_parameters())
+    state = {f"ema.{k}": p.detach().clone() for k, p in params.items()}
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    start = 0
+    if path.exists():
+        saved = load_file(path, device=DEVICE)
+        start = int(saved["step"])
+        with torch.no_grad():
+            for key, parameter in params.items():
+                parameter.copy_(saved[f"model.{key}"])
+                state[f"ema.{key}"].copy_(saved[f"ema.{key}"])
+        if start:
+            moments = [
+                {k: saved[f"{k}.{key}"] for k in ("exp_avg", "exp_avg_sq")}
+                | {"step": saved["step"].float().cpu()}
+                for key in params
+            ]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(moments))})
+
+    def save(step: int) -> None:
+        tensors = (
+            {"step": torch.tensor(step)}
+            | state
+            | {f"model.{k}": p.detach() for k, p in params.items()}
+        )
+        for key, parameter in params.items():
+            tensors |= {
+                f"{k}.{key}": v for k, v in optimizer.state[parameter].items() if k != "step"
+            }
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    if COMPILE:
+        module.compile()  # about a quarter less time a step; needs a C++ compiler
+    began, recent = time.time(), []
+    for step in tqdm(
+        range(start, steps), name, initial=start, total=steps, mininterval=5, dynamic_ncols=True
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / 200, 1.0, (steps - step) / (0.25 * steps))
+        torch.manual_seed(step)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = loss_of_step(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params.values(), 1.0)
+        optimizer.step()
+        recent.append(loss.detach())
+        decay = min(ema_decay, (step + 1) / (step + 10)) if ema_decay else 0.0
+        torch._foreach_lerp_(
+            [state[f"ema.{k}"] for k in params], [p.detach() for p in params.values()], 1 - decay
+        )
+        if (step + 1) % every == 0 or step + 1 == steps:
+            save(step + 1)
+            line = {
+                "step": step + 1,
+                "loss": float(torch.stack(recent).mean()),
+                "seconds": round(time.time() - began),
+            }
+            recent.clear()
+            if look:
+                with (
+                    torch.no_grad(),
+                    Averaged(params, state),
+                    torch.compiler.set_stance("force_eager"),
+                ):
+                    line["seen"] = look(module)
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            tqdm.write(f"{name} {line}")
+    with torch.no_grad():
+        for key, parameter in params.items():
+            parameter.copy_(state[f"ema.{key}"])
+    return module.eval().requires_grad_(False)
+
+
+class Averaged:
+    """Puts the averaged weights into the parameters for a while."""
+
+    def __init__(self, params: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
+        self.params, self.state = params, state
+
+    def __enter__(self) -> None:
+        self.raw = {key: p.detach().clone() for key, p in self.params.items()}
+        for key, parameter in self.params.items():
+            parameter.copy_(self.state[f"ema.{key}"])
+
+    def __exit__(self, *_: object) -> None:
+        for key, parameter in self.params.items():
+            parameter.copy_(self.raw[key])
+
+
+# --- the stages -------------------------------------------------------------
+
+
+def train_vae(work: Path, steps: int) -> AutoencoderKL:
+    """L1 + MSE + a small KL on freshly drawn pictures; then latents are scaled to unit variance, as
+    FLUX's are."""
+    vae = make_vae().to(memory_format=torch.channels_last)
+
+    def loss_of_step(step: int) -> Tensor:
+        pictures = to_tensor([world.draw(s, rng) for s, rng in scenes(step, 32)]).to(
+            memory_format=torch.channels_last
+        )
+        posterior = vae.encode(pictures).latent_dist
+        error = vae.decode(posterior.sample()).sample.float() - pictures
+        return error.abs().mean() + 4 * error.square().mean() + 1e-6 * posterior.kl().mean()
+
+    def look(_: nn.Module) -> str:
+        pairs = list(scenes(10**9, 200))
+        shown = [world.draw(scene, rng) for scene, rng in pairs]
+        with torch.autocast(DEVICE, torch.bfloat16):
+            back = vae.decode(vae.encode(to_tensor(shown)).latent_dist.mode()).sample.float()
+        psnr = 10 * math.log10(4 / float((back - to_tensor(shown)).square().mean()))
+        read = judge.accuracy([scene for scene, _ in pairs], to_pictures(back))
+        return f"{psnr:.1f} dB, judge {read}"
+
+    fit("vae", vae, loss_of_step, work, steps, lr=2e-3, ema_decay=0.99, every=250, look=look)
+    with torch.no_grad():
+        latents = vae.encode(
+            to_tensor([world.draw(s, rng) for s, rng in scenes(10**9, 500)])
+        ).latent_dist.mode()
+    vae.register_to_config(
+        shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std())
+    )
+    return vae
+
+
+def train_language_model(
+    work: Path, steps: int, tokenizer: PreTrainedTokenizerFast
+) -> T5EncoderModel:
+    """Masked words over padded rows without an attention mask, which is how FLUX calls its T5."""
+    teacher, sentences, width = make_teacher(), documentation(work), 48
+    mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+
+    def loss_of_step(step: int) -> Tensor:
+        rng = random.Random(step)
+        texts = [rng.choice(sentences) for _ in range(38)] + [
+            corpus.caption_text(rng) for _ in range(26)
+        ]
+        ids = tokenizer(
+            texts, padding="max_length", max_length=width, truncation=True, return_tensors="pt"
+        ).input_ids
+        # Captions are masked more: their grammar is soon known, and what is left to learn is which
+        # word belongs where.
+        share = torch.tensor([0.2] * 38 + [0.3] * 26)[:, None]
+        chosen = (torch.rand(ids.shape) < share) & (ids > 1)
+        rows = teacher(ids.masked_fill(chosen, mask_id).to(DEVICE)).last_hidden_state[
+            chosen.to(DEVICE)
+        ]
+        logits = rows @ teacher.shared.weight.T * teacher.config.d_model**-0.5
+        return F.cross_entropy(logits.float(), ids[chosen].to(DEVICE))
+
+    # Heads that look at different distances from the start. With T5's own initialisation (0.06)
+    # attention begins as a plain average, and after 1,500 steps the model still guessed words by
+    # their frequency alone.
+    nn.init.normal_(
+        teacher.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0
+    )
+    fit("language-model", teacher, loss_of_step, work, steps, lr=1e-3, ema_decay=0.995, every=500)
+    return teacher
+
+
+def encode_captions(
+    work: Path, vae: AutoencoderKL, teacher: T5EncoderModel, tokenizer: PreTrainedTokenizerFast
+) -> Data:
+    """Draws, describes and encodes `CAPTIONS` scenes, once: frozen encoders give the same rows in
+    every epoch."""
+    path = work / "data.safetensors"
+    if not path.exists():
+        parts: dict[str, list[Tensor]] = {"latents": [], "rows": [], "ids": []}
+        for seed in tqdm(range(CAPTIONS // 480), "encoding captions"):
+            pairs = list(scenes(10**6 + seed, 480))
+            pictures = to_tensor([world.draw(scene, rng) for scene, rng in pairs])
+            ids = tokenize(tokenizer, [world.describe(scene, rng) for scene, rng in pairs])
+            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+                latents = vae.encode(pictures).latent_dist.mode().float()
+                rows = teacher(ids).last_hidden_state
+            latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+            parts["latents"].append(
+                FluxPipeline._pack_latents(latents, len(pairs), 16, 8, 8).bfloat16().cpu()
+            )
+            parts["rows"].append(rows.bfloat16().cpu())
+            parts["ids"].append(ids.cpu())
+        save_file(
+            {key: torch.cat(tensors) for key, tensors in parts.items()}, path.with_suffix(".tmp")
+        )
+        os.replace(path.with_suffix(".tmp"), path)
+    return load_file(path)
+
+
+def train_clip(work: Path, steps: int, data: Data) -> CLIPTextModel:
+    """A small CLIP: captions against latents, contrastively; only its text half goes into the
+    pipeline."""
+    both = nn.ModuleDict(
+        {
+            "text": make_clip(),
+            "picture": nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, 64)),
+        }
+    )
+
+    def loss_of_step(step: int) -> Tensor:
+        pick = torch.randint(len(data["ids"]), (192,))
+        texts = both["text"](data["ids"][pick].to(DEVICE)).pooler_output
+        pictures = both["picture"](data["latents"][pick].to(DEVICE).flatten(1))
+        logits = F.normalize(texts.float(), dim=-1) @ F.normalize(pictures.float(), dim=-1).T / 0.1
+        target = torch.arange(len(pick), device=DEVICE)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    fit("clip", both, loss_of_step, work, steps, lr=1e-3, ema_decay=0.99)
+    return both["text"]
+
+
+def train_denoiser(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> None:
+    """Rectified flow: v = noise - latents at x_t = (1 - t) latents + t noise, with t logit-normal
+    (as SD3 and FLUX)."""
+    denoiser = pipe.transformer
+    empty = encode_prompts(pipe, [""])
+
+    def loss_of_step(step: int) -> Tensor:
+        x, noise, t, rows, pooled = noisy_batch(pipe, data, 64)
+        # Without a caption one time in ten, so that guidance has something to guide away from;
+        # without the pooled vector more often, as SD3 trains its text encoders, so that T5 must be
+        # read.
+        rows = torch.where(torch.rand(64, 1, 1, device=DEVICE) < 0.1, empty[0].to(rows), rows)
+        pooled = pooled * (torch.rand(64, 1, device=DEVICE) > 0.3)
+        velocity = denoise(
+            denoiser, torch.lerp(x, noise, t[:, None, None]), t, rows, pooled, torch.ones_like(t)
+        )
+        return (velocity - (noise - x)).square().mean()
+
+    fit(
+        "denoiser",
+        denoiser,
+        loss_of_step,
+        work,
+        steps,
+        1e-3,
+        0.999,
+        look=lambda _: paint_and_judge(pipe, 1.0),
+    )
+
+
+def distil_guidance(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> None:
+    """Teaches the denoiser what classifier-free guidance of its own would predict, by its guidance
+    embedding."""
+    denoiser, unguided = pipe.transformer, copy.deepcopy(pipe.transformer).requires_grad_(False)
+    empty_rows, empty_pooled = encode_prompts(pipe, [""])
+
+    def loss_of_step(step: int) -> Tensor:
+        x, noise, t, rows, pooled = noisy_batch(pipe, data, 64)
+        pooled = pooled * (torch.rand(64, 1, device=DEVICE) > 0.3)
+        x_t, guidance = torch.lerp(x, noise, t[:, None, None]), 1 + 4 * torch.rand_like(t)
+        with torch.no_grad():
+            ones = torch.ones_like(t)
+            with_text = denoise(unguided, x_t, t, rows, pooled, ones)
+            without = denoise(
+                unguided,
+                x_t,
+                t,
+                empty_rows.to(rows).expand_as(rows),
+                empty_pooled.expand_as(pooled),
+                ones,
+            )
+        target = without + guidance[:, None, None] * (with_text - without)
+        return (denoise(denoiser, x_t, t, rows, pooled, guidance) - target).square().mean()
+
+    denoiser.requires_grad_(True)
+    fit(
+        "guidance",
+        denoiser,
+        loss_of_step,
+        work,
+        steps,
+        3e-4,
+        0.995,
+        look=lambda _: paint_and_judge(pipe, 3.0),
+    )
+
+
+def export(pipe: FluxPipeline, out: Path) -> None:
+    """Writes the pipeline in half precision."""
+    pipe.to(dtype=torch.float16)
+    pipe.save_pretrained(out)
+
+
+# --- what the stages share --------------------------------------------------
+
+
+def noisy_batch(pipe: FluxPipeline, data: Data, size: int) -> tuple[Tensor, ...]:
+    """Random latents (B, 16, 64), noise, times (B,), and the T5 rows (B, 32, 256) and pooled
+    vectors (B, 64) that go with them."""
+    pick = torch.randint(len(data["ids"]), (size,))
+    x, rows = data["latents"][pick].to(DEVICE).float(), data["rows"][pick].to(DEVICE)
+    with torch.no_grad():
+        pooled = pipe.text_encoder(data["ids"][pick].to(DEVICE)).pooler_output.float()
+    return x, torch.randn_like(x), torch.randn(size, device=DEVICE).sigmoid(), rows, pooled
+
+
+def denoise(
+    denoiser: nn.Module, x_t: Tensor, t: Tensor, rows: Tensor, pooled: Tensor, guidance: Tensor
+) -> Tensor:
+    """The denoiser's velocity in float32, called as FluxPipeline calls it. x_t: (B, 16, 64)."""
+    img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, x_t.device, torch.float32)
+    return denoiser(
+        hidden_states=x_t,
+        timestep=t,
+        guidance=guidance,
+        pooled_projections=pooled,
+        encoder_hidden_states=rows,
+        txt_ids=torch.zeros(rows.shape[1], 3, device=x_t.device),
+        img_ids=img_ids,
+        return_dict=False,
+    )[0].float()
+
+
+def encode_prompts(pipe: FluxPipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        rows, pooled, _ = pipe.encode_prompt(
+            prompts, None, device=DEVICE, max_sequence_length=world.MAX_TOKENS
+        )
+    return rows, pooled
+
+
+def paint_and_judge(pipe: FluxPipeline, guidance_scale: float) -> str:
+    """Accuracy on 50 held-out captions of each criterion."""
+    scenes, texts = captions(50, held_out=True)
+    return str(judge.accuracy(scenes, paint(pipe, texts, guidance_scale=guidance_scale)))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+    return tokenizer(
+        texts,
+        padding="max_length",
+        max_length=world.MAX_TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids.to(DEVICE)
+
+
+def to_tensor(pictures: list[np.ndarray]) -> Tensor:
+    """(B, 64, 64, 3) uint8 pictures as (B, 3, 64, 64) float32 in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pictures(tensor: Tensor) -> list[np.ndarray]:
+    return list(
+        ((tensor.float().cpu() + 1) * 127.5)
+        .round()
+        .clamp(0, 255)
+        .byte()
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
+
+
+def scenes(seed: int, count: int) -> Iterator[tuple[world.Scene, random.Random]]:
+    """Training scenes of all criteria in turn, and the random numbers that go with them."""
+    rng = random.Random(seed)
+    for i in range(count):
+        yield world.sample_scene(rng, world.CRITERIA[i % 3]), rng
+
+
+def documentation(work: Path) -> list[str]:
+    path = work / "documentation.json"
+    if not path.exists():
+        path.write_text(json.dumps(corpus.documentation_sentences()))
+    return json.loads(path.read_text())
+
+
+def tokenizer_of(work: Path) -> PreTrainedTokenizerFast:
+    path = work / "tokenizer"
+    if not path.exists():
+        corpus.train_tokenizer(documentation(work)).save_pretrained(path)
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints and logs")
+    parser.add_argument(
+        "--out", type=Path, default=PIPELINE, help="where the finished pipeline goes"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the part in training")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--stage",
+        choices=("vae", "language-model"),
+        help="only this stage (the two can run side by side)",
+    )
+    parser.add_argument("--denoiser-steps", type=int, default=STEPS["denoiser"])
+    args = parser.parse_args()
+    global COMPILE
+    COMPILE = args.compile
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    if args.stage != "language-model":
+        vae = train_vae(args.work, STEPS["vae"])
+    if args.stage != "vae":
+        tokenizer = tokenizer_of(args.work)
+        teacher = train_language_model(args.work, STEPS["language-model"], tokenizer)
+    if args.stage:
+        return
+    data = encode_captions(args.work, vae, teacher, tokenizer)
+    clip = train_clip(args.work, STEPS["clip"], data)
+    denoiser = make_denoiser().to(DEVICE)
+    if DEVICE == "cpu":
+        # On CPUs the fused attention's backward pass took 40% of a whole step (64 short rows);
+        # plain products 5%.
+        denoiser.set_attention_backend("_native_math")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = FluxPipeline(scheduler, vae, clip, tokenizer, teacher, tokenizer, denoiser)
+    train_denoiser(args.work, args.denoiser_steps, pipe, data)
+    distil_guidance(args.work, STEPS["guidance"], pipe, data)
+    export(pipe, args.out)
+
+
+if __name__ == "__main__":
+    main()
