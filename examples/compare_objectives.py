@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _curve(result: DistillResult, unit: str) -> list[tuple[float, float]]:
-    """(cost, gap) of each evaluation. A pass is a row through the denoiser; backwards is another."""
+    """(cost, gap) of each evaluation; a pass takes a row through the denoiser, or back."""
     points = []
     for entry in result.history:
         passes = entry["teacher_rows"] + 2 * entry["student_rows"]

@@ -1,0 +1,98 @@
+"""The miniature world: what it says of itself, and the committed pipeline and student."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import t5slim
+from t5slim.distill import velocity_gap
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from shapes_world import judge, world  # noqa: E402
+from shapes_world.painting import CALL, STUDENT, captions, load_pipeline  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline()
+
+
+@pytest.mark.parametrize("criterion", world.CRITERIA)
+def test_judge_reads_the_generators_own_pictures(criterion):
+    rng = random.Random(0)
+    scenes = [world.sample_scene(rng, criterion, held_out=i % 2 == 1) for i in range(400)]
+    pictures = [world.draw(scene, rng) for scene in scenes]
+    assert judge.accuracy(scenes, pictures)[criterion] >= 0.995
+
+
+def test_judge_sees_what_is_wrong():
+    thing = world.Thing("red", "circle")
+    scene = world.Scene("white", "left-right", (thing, world.Thing("blue", "square")))
+    swapped = world.Scene("white", "left-right", scene.things[::-1])
+    recoloured = world.Scene("white", "left-right", (thing, world.Thing("green", "square")))
+    one_more = world.Scene("white", "row", (world.Thing("red", "circle", "row"),) * 3)
+    misspelled = world.Scene("white", "word", (), "SUM", "red")
+    for other in (swapped, recoloured, one_more):
+        assert judge.accuracy([scene], [world.draw(other)])["semantics"] == 0
+    word = world.Scene("white", "word", (), "SUN", "red")
+    assert judge.accuracy([word], [world.draw(misspelled)]) == {"text": 0, "letters": 2 / 3}
+
+
+def test_judge_refuses_what_is_no_picture():
+    with pytest.raises(ValueError, match=r"expected a \(64, 64, 3\) uint8 picture"):
+        judge.read(torch.zeros(3, 64, 64).numpy())
+
+
+def test_training_and_held_out_scenes_are_disjoint():
+    rng = random.Random(0)
+    for criterion in world.CRITERIA:
+        drawn = {
+            split: {world.sample_scene(rng, criterion, held_out=split) for _ in range(500)}
+            for split in (False, True)
+        }
+        assert len(drawn[True]) > 20
+        assert not drawn[True] & drawn[False]
+
+
+def test_captions_keep_their_scene_when_a_sentence_is_added():
+    plain, talkative = (captions(20, held_out=True, chatter=chatter) for chatter in (0, 1))
+    assert plain[0] == talkative[0]
+    for short, long in zip(plain[1], talkative[1], strict=True):
+        assert short in long
+        assert short != long
+
+
+def test_no_caption_is_truncated(pipe):
+    _, texts = captions(500, held_out=False, chatter=1)
+    lengths = [len(ids) for ids in pipe.tokenizer_2(texts).input_ids]
+    assert max(lengths) <= world.MAX_TOKENS
+    assert pipe.tokenizer_2.unk_token_id not in sum(pipe.tokenizer_2(texts).input_ids, [])
+
+
+def test_committed_student_is_small_and_close_to_its_teacher(pipe):
+    student = t5slim.SlimT5Encoder.from_pretrained(STUDENT, dtype=torch.float32)
+    teacher = pipe.text_encoder_2
+    assert student.num_parameters() <= teacher.num_parameters() / 20
+    _, texts = captions(8, held_out=True)
+    assert velocity_gap(pipe, student, texts, pipeline_kwargs=CALL) <= 0.05
+
+
+def test_examples_stay_small():
+    files = [p for p in EXAMPLES.rglob("*") if p.is_file() and "work" not in p.parts]
+    assert sum(path.stat().st_size for path in files) <= 30e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_quickstart_shows_both_encoders(tmp_path):
+    picture = tmp_path / "quickstart.png"
+    command = [sys.executable, EXAMPLES / "quickstart.py", "--count", "2", "--out", picture]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert picture.exists()
+    for row in ("parameters", "velocity gap", "quality right", "semantics right", "letters right"):
+        assert row in done.stdout
