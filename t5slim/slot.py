@@ -13,14 +13,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from .errors import NoT5SlotError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _COMPONENT = re.compile(r"text_encoder(_\d+)?")
 _T5_CLASS = re.compile(r"\b(UM|M)?T5EncoderModel\b")
@@ -101,53 +98,13 @@ def denoiser_text_width(pipe: Any) -> int | None:
         NoT5SlotError: the pipeline has no T5 slot.
     """
     slot = find_text_slot(pipe)
-    configs = [getattr(getattr(pipe, owner, None), "config", None) for owner in _WIDTH_OWNERS]
-    for key in _WIDTH_KEYS:
-        for config in configs:
-            width = getattr(config, key, None)
-            if isinstance(width, (list, tuple)):
-                width = width[0]
-            if width is not None:
-                return int(width)
-    encoder_config = getattr(getattr(pipe, slot.name, None), "config", None)
-    width = getattr(encoder_config, "project_out_dim", None) or getattr(
-        encoder_config, "d_model", None
-    )
-    return None if width is None else int(width)
-
-
-@contextmanager
-def occupy(pipe: Any, slot: TextSlot, module: PreTrainedModel) -> Iterator[None]:
-    """Put another module in the slot for the length of a `with` block.
-
-    When the block ends, also by an error, the slot holds what it held, its entry of
-    `model_index.json` is what it was, offload is enabled as it was, and `module` is without hooks
-    and back on its device, with the same Parameter objects.
-
-    Args:
-        pipe: a `DiffusionPipeline`. Its offload (model, sequential or group) covers `module` inside
-            the block; without offload, `module` stays on the device where it is.
-        slot: what `find_text_slot(pipe)` returned.
-        module: a `PreTrainedModel`, because pipelines ask it for `.device` and `.dtype`, with at
-            least one parameter, because offload hooks read the device from it.
-    """
-    host = getattr(pipe, slot.name)
-    entry = pipe.config[slot.name]
-    device = module.device
-    parameters = {part: dict(part._parameters) for part in module.modules()}
-    fill_slot(pipe, slot, module)
-    try:
-        yield
-    finally:
-        restore_slot(pipe, slot, host, entry)
-        # Sequential offload replaces the Parameter objects: an optimizer would go on with the old.
-        for part, owned in parameters.items():
-            for name, parameter in owned.items():
-                current = part._parameters[name]
-                if parameter is not None and current is not None and current is not parameter:
-                    parameter.data = current.data
-                    part._parameters[name] = parameter
-        module.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
+    for owner in _WIDTH_OWNERS:
+        config = getattr(getattr(pipe, owner, None), "config", None)
+        width = next((getattr(config, key) for key in _WIDTH_KEYS if hasattr(config, key)), None)
+        if width is not None:
+            return int(width[0] if isinstance(width, (list, tuple)) else width)
+    config = getattr(getattr(pipe, slot.name, None), "config", None)
+    return getattr(config, "project_out_dim", getattr(config, "d_model", None))
 
 
 def fill_slot(pipe: Any, slot: TextSlot, module: nn.Module | None) -> None:
