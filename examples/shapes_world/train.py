@@ -2,7 +2,7 @@
 to be.
 
     python examples/shapes_world/train.py                # everything; continues where it stopped
-    python examples/shapes_world/train.py --stage vae    # only this; beside it, in a second shell:
+    python examples/shapes_world/train.py --stage pictures  # 1 and 3; beside it, in a second shell:
     python examples/shapes_world/train.py --stage language-model
 
 1. `vae`: an autoencoder of pictures. 2. `language-model`: the teacher T5 learns to fill in masked
@@ -54,7 +54,7 @@ from shapes_world.painting import PIPELINE, captions, paint
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILE = False
-STEPS = {"vae": 2400, "language-model": 3000, "clip": 600, "denoiser": 16000, "guidance": 1500}
+STEPS = {"vae": 2400, "language-model": 2800, "clip": 200, "denoiser": 16000, "guidance": 1500}
 CAPTIONS = (
     67_200  # training captions whose T5 rows and latents are computed once and kept in memory
 )
@@ -96,14 +96,15 @@ def make_teacher() -> T5EncoderModel:
 
 
 def make_clip() -> CLIPTextModel:
+    """One layer, which sees little more than a bag of words, as CLIP does: T5 carries the rest."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=corpus.VOCABULARY_SIZE,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
             num_attention_heads=2,
-            projection_dim=64,
+            projection_dim=32,
             max_position_embeddings=world.MAX_TOKENS,
             pad_token_id=0,
             bos_token_id=2,
@@ -120,7 +121,7 @@ def make_denoiser() -> FluxTransformer2DModel:
         attention_head_dim=32,
         num_attention_heads=6,
         joint_attention_dim=256,
-        pooled_projection_dim=64,
+        pooled_projection_dim=32,
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )
@@ -282,6 +283,8 @@ def train_language_model(
     """Masked words over padded rows without an attention mask, which is how FLUX calls its T5."""
     teacher, sentences, width = make_teacher(), documentation(work), 48
     mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    salient = torch.zeros(len(tokenizer), dtype=torch.bool)
+    salient[tokenizer.convert_tokens_to_ids(corpus.salient_words())] = True
 
     def loss_of_step(step: int) -> Tensor:
         rng = random.Random(step)
@@ -291,10 +294,9 @@ def train_language_model(
         ids = tokenizer(
             texts, padding="max_length", max_length=width, truncation=True, return_tensors="pt"
         ).input_ids
-        # Captions are masked more: their grammar is soon known, and what is left to learn is which
-        # word belongs where.
-        share = torch.tensor([0.2] * 38 + [0.3] * 26)[:, None]
-        chosen = (torch.rand(ids.shape) < share) & (ids > 1)
+        # Words that name something seen are masked more (salient span masking, Guu et al. 2020):
+        # the grammar of captions is soon known, and which colour goes with which shape is not.
+        chosen = (torch.rand(ids.shape) < torch.where(salient[ids], 0.35, 0.15)) & (ids > 1)
         rows = teacher(ids.masked_fill(chosen, mask_id).to(DEVICE)).last_hidden_state[
             chosen.to(DEVICE)
         ]
@@ -311,30 +313,40 @@ def train_language_model(
     return teacher
 
 
-def encode_captions(
-    work: Path, vae: AutoencoderKL, teacher: T5EncoderModel, tokenizer: PreTrainedTokenizerFast
-) -> Data:
-    """Draws, describes and encodes `CAPTIONS` scenes, once: frozen encoders give the same rows in
-    every epoch."""
-    path = work / "data.safetensors"
-    if not path.exists():
-        parts: dict[str, list[Tensor]] = {"latents": [], "rows": [], "ids": []}
-        for seed in tqdm(range(CAPTIONS // 480), "encoding captions"):
+def encode_pictures(work: Path, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast) -> Data:
+    """Draws, describes and encodes `CAPTIONS` scenes, once: every epoch sees the same ones."""
+
+    def encode() -> Iterator[Data]:
+        for seed in tqdm(range(CAPTIONS // 480), "encoding pictures"):
             pairs = list(scenes(10**6 + seed, 480))
             pictures = to_tensor([world.draw(scene, rng) for scene, rng in pairs])
-            ids = tokenize(tokenizer, [world.describe(scene, rng) for scene, rng in pairs])
+            texts = [world.describe(scene, rng) for scene, rng in pairs]
             with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
                 latents = vae.encode(pictures).latent_dist.mode().float()
-                rows = teacher(ids).last_hidden_state
             latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-            parts["latents"].append(
-                FluxPipeline._pack_latents(latents, len(pairs), 16, 8, 8).bfloat16().cpu()
-            )
-            parts["rows"].append(rows.bfloat16().cpu())
-            parts["ids"].append(ids.cpu())
-        save_file(
-            {key: torch.cat(tensors) for key, tensors in parts.items()}, path.with_suffix(".tmp")
-        )
+            packed = FluxPipeline._pack_latents(latents, len(pairs), 16, 8, 8)
+            yield {"latents": packed.bfloat16().cpu(), "ids": tokenize(tokenizer, texts).cpu()}
+
+    return cached(work / "pictures.safetensors", encode)
+
+
+def encode_texts(work: Path, teacher: T5EncoderModel, ids: Tensor) -> Data:
+    """The frozen teacher's rows for the captions: (N, 32, 256)."""
+
+    def encode() -> Iterator[Data]:
+        for batch in tqdm(ids.split(480), "encoding captions"):
+            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+                yield {"rows": teacher(batch.to(DEVICE)).last_hidden_state.bfloat16().cpu()}
+
+    return cached(work / "rows.safetensors", encode)
+
+
+def cached(path: Path, batches: Callable[[], Iterator[Data]]) -> Data:
+    """The joined batches, from a file if they were made before."""
+    if not path.exists():
+        parts = list(batches())
+        joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        save_file(joined, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
     return load_file(path)
 
@@ -345,7 +357,7 @@ def train_clip(work: Path, steps: int, data: Data) -> CLIPTextModel:
     both = nn.ModuleDict(
         {
             "text": make_clip(),
-            "picture": nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, 64)),
+            "picture": nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, 32)),
         }
     )
 
@@ -439,7 +451,7 @@ def export(pipe: FluxPipeline, out: Path) -> None:
 
 def noisy_batch(pipe: FluxPipeline, data: Data, size: int) -> tuple[Tensor, ...]:
     """Random latents (B, 16, 64), noise, times (B,), and the T5 rows (B, 32, 256) and pooled
-    vectors (B, 64) that go with them."""
+    vectors (B, 32) that go with them."""
     pick = torch.randint(len(data["ids"]), (size,))
     x, rows = data["latents"][pick].to(DEVICE).float(), data["rows"][pick].to(DEVICE)
     with torch.no_grad():
@@ -537,7 +549,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument(
         "--stage",
-        choices=("vae", "language-model"),
+        choices=("pictures", "language-model"),
         help="only this stage (the two can run side by side)",
     )
     parser.add_argument("--denoiser-steps", type=int, default=STEPS["denoiser"])
@@ -548,15 +560,16 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
 
+    tokenizer = tokenizer_of(args.work)
     if args.stage != "language-model":
         vae = train_vae(args.work, STEPS["vae"])
-    if args.stage != "vae":
-        tokenizer = tokenizer_of(args.work)
+        data = encode_pictures(args.work, vae, tokenizer)
+        clip = train_clip(args.work, STEPS["clip"], data)
+    if args.stage != "pictures":
         teacher = train_language_model(args.work, STEPS["language-model"], tokenizer)
     if args.stage:
         return
-    data = encode_captions(args.work, vae, teacher, tokenizer)
-    clip = train_clip(args.work, STEPS["clip"], data)
+    data |= encode_texts(args.work, teacher, data["ids"])
     denoiser = make_denoiser().to(DEVICE)
     if DEVICE == "cpu":
         # On CPUs the fused attention's backward pass took 40% of a whole step (64 short rows);

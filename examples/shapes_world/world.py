@@ -275,8 +275,8 @@ def describe(scene: Scene, rng: random.Random, chatter: float = 0.5) -> str:
         text = _describe_one(scene.things[0], rng)
     elif len(set(scene.things)) == 1:
         thing, count = scene.things[0], _COUNTS[len(scene.things)]
-        plural = thing.shape + ("es" if thing.shape == "cross" else "s")
-        text = f"{rng.choice(('', 'a group of ', 'exactly '))}{count} {thing.color} {plural}"
+        group = rng.choice(("", "a group of ", "exactly "))
+        text = f"{group}{count} {thing.color} {plural(thing.shape)}"
     else:
         names = {key: f"a {t.color} {t.shape}" for key, t in zip("abc", scene.things, strict=False)}
         text = rng.choice((_PAIRS | _THREES)[scene.layout]).format(**names)
@@ -286,6 +286,11 @@ def describe(scene: Scene, rng: random.Random, chatter: float = 0.5) -> str:
     if rng.random() < chatter:
         text = f"{text}. {sentence(rng)}" if rng.random() < 0.7 else f"{sentence(rng)}. {text}"
     return text
+
+
+def plural(shape: str) -> str:
+    """crosses, circles."""
+    return shape + ("es" if shape == "cross" else "s")
 
 
 def _describe_one(thing: Thing, rng: random.Random) -> str:
