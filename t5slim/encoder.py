@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -53,7 +53,7 @@ class ProjectionAdapter(nn.Sequential):
 
         ReLU halves the mean square, which a variance of 2/d in the first layer makes up for (He et
         al. 2015); 1/D in the second layer then neither adds nor takes. So training starts at the
-        scale of a T5's output, whatever d and D are; PyTorch's defaults would shrink it to a quarter.
+        scale of a T5's output, whatever d and D are. PyTorch's defaults would quarter it.
         """
         out_dim, in_dim = self.get_parameter("0.weight").shape
         nn.init.normal_(self.get_parameter("0.weight"), std=(2 / in_dim) ** 0.5)
@@ -71,10 +71,10 @@ class SlimT5Encoder(T5PreTrainedModel):
     ordinary model of transformers: gradient checkpointing, SDPA, quantization and `device_map` work
     as in T5EncoderModel.
 
-    Loaded in float16, the `wo` layers stay in float32, because T5's activations overflow there;
-    `dtype` and the output are float16. `.to(torch.float16)` after loading casts `wo` as well, as it
-    does in transformers' T5, and then gives infinities for some prompts: pass `dtype=torch.float16`
-    to `from_pretrained` instead, or use bfloat16.
+    Loaded in float16, the `wo` layers stay in float32, since T5's activations behind them exceed
+    float16's range; `dtype` and the output are float16. `.to(torch.float16)` after loading casts
+    `wo` as well, as in transformers' T5, where what exceeds the range is then cut off and the rows
+    are wrong: pass `dtype=torch.float16` to `from_pretrained` instead, or use bfloat16.
 
     Source: Wang et al., "Scaling Down Text Encoders of Text-to-Image Diffusion Models", section 3.
     """
@@ -268,7 +268,8 @@ class SlimT5Encoder(T5PreTrainedModel):
         # Through the T5's own class, since mT5 has other defaults. What it says about tasks and
         # decoding is dropped.
         values = AutoConfig.for_model(model_type, **values).to_dict()
-        keys = T5Config().to_dict().keys() - {"architectures", "model_type", "_name_or_path"}
+        keys = values.keys() & T5Config().to_dict().keys()
+        keys -= {"_name_or_path", "architectures", "model_type", "transformers_version"}
         config = SlimT5Config(
             **{key: values[key] for key in keys},
             project_out_dim=projection_dim,
@@ -286,8 +287,8 @@ class SlimT5Encoder(T5PreTrainedModel):
             )
         checkpoint.check_finite(encoder, source)
         with torch.device("meta"):
-            model = cls(config)
-        model.config, model.encoder = encoder.config, encoder
+            model = cls(cast(SlimT5Config, encoder.config))  # a copy of `config`, shared by both
+        model.encoder = encoder
         last = encoder.encoder.final_layer_norm.weight
         adapter = ProjectionAdapter(config.d_model, config.project_out_dim)
         model.final_projection = adapter.to(last.device, encoder.dtype)

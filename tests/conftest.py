@@ -1,0 +1,37 @@
+"""Keeps the tests off the network: the only Hub they can reach is the one in `hub.py`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+
+import pytest
+
+# Before huggingface_hub is imported, which reads its settings once. Nothing listens on the port
+# until a test asks for the `hub` fixture.
+assert "huggingface_hub" not in sys.modules
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    PORT = probe.getsockname()[1]
+os.environ.update(
+    HF_ENDPOINT=f"http://127.0.0.1:{PORT}",
+    HF_HOME=tempfile.mkdtemp(prefix="t5slim-tests-"),
+    HF_HUB_DISABLE_TELEMETRY="1",
+    NO_PROXY="127.0.0.1",
+    no_proxy="127.0.0.1",
+)
+for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty local Hub, and an empty cache."""
+    import hub as local_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    with local_hub.serve(PORT) as server:
+        yield server
