@@ -83,7 +83,7 @@ def patch_pipeline(
         pipe = t5slim.patch_pipeline(pipe)
         pipe = t5slim.patch_pipeline(pipe, "my-student", keep_teacher=True)
         pipe = t5slim.patch_pipeline(
-            FluxPipeline, "black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16
+            FluxPipeline, "black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16
         )
 
     A patched pipeline can be saved with `pipe.save_pretrained(folder)`. A process that loads it has
@@ -281,7 +281,7 @@ def _reload(pipe: Any, slot: TextSlot, teacher: PreTrainedModel | None) -> str:
     name = getattr(teacher, "name_or_path", None)
     where = repr(name)
     if not name or os.path.basename(name) == slot.name:  # it came with the pipeline
-        where = f"{pipe.name_or_path or '<folder or Hub id>'!r}, subfolder={slot.name!r}"
+        where = f"{str(pipe.name_or_path or '<folder or Hub id>')!r}, subfolder={slot.name!r}"
     dtype = "" if teacher is None else f", dtype={teacher.dtype}"
     return f"transformers.AutoModelForTextEncoding.from_pretrained({where}{dtype})"
 
