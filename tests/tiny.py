@@ -1,13 +1,14 @@
 """Tiny real pipelines: the classes of diffusers and transformers, random weights, no download.
 
-Every builder takes a seed and returns a pipeline on the CPU in float32 and eval mode, with a few tens of
-thousand parameters; `call_kwargs(pipe)` gives what a fast call of it needs. Nothing here imitates a class
-that a user would have: only the sizes are small.
+Every builder takes a seed and returns a pipeline on the CPU in float32 and eval mode, with about a
+hundred thousand parameters; `call_kwargs(pipe)` gives what a fast call of it needs. Nothing here
+imitates a class that a user would have: only the sizes are small.
 """
 
 from __future__ import annotations
 
 import string
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,22 @@ T5_VOCAB = 256
 MAX_TOKENS = 12
 CLIP_TOKENS = 64
 
-WORDS = "a the red green blue small large circle square star on of left right above sign that says two".split()
+COLOURS = ["red", "green", "blue"]
+SHAPES = ["circle", "square", "star", "sign"]
+WORDS = [
+    *COLOURS,
+    *SHAPES,
+    "a",
+    "the",
+    "small",
+    "large",
+    "on",
+    "of",
+    "left",
+    "right",
+    "above",
+    "two",
+]
 PROMPTS = [
     "a red circle",
     "two small blue squares on the left of a star",
@@ -215,15 +231,17 @@ def tiny_ltx(seed: int = 0) -> LTXPipeline:
 
 
 def tiny_stable_audio(seed: int = 0) -> StableAudioPipeline:
-    """Its `projection_model` is a learned layer behind T5: the rows that the denoiser sees are no copies."""
+    """Its `projection_model`, a learned layer behind T5, makes the denoiser's rows no copies of T5's."""
     torch.manual_seed(seed)
+    with warnings.catch_warnings():  # AutoencoderOobleck still uses torch's old weight_norm
+        warnings.simplefilter("ignore", FutureWarning)
+        vae = AutoencoderOobleck(
+            encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3,
+            decoder_input_channels=3, audio_channels=2, channel_multiples=[2, 4], sampling_rate=4,
+        )  # fmt: skip
     return _finish(
         StableAudioPipeline(
-            vae=AutoencoderOobleck(
-                encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3,
-                decoder_input_channels=3, audio_channels=2, channel_multiples=[2, 4],
-                sampling_rate=4,
-            ),
+            vae=vae,
             text_encoder=t5_encoder(),
             projection_model=StableAudioProjectionModel(
                 text_encoder_dim=TEXT_WIDTH, conditioning_dim=16, min_value=0, max_value=32
@@ -270,7 +288,7 @@ _CALL_KWARGS: dict[str, dict[str, Any]] = {
 
 
 def call_kwargs(pipe: DiffusionPipeline, steps: int = 3) -> dict[str, Any]:
-    """Keyword arguments of a small fast call of `pipe`, beside the prompt, generator and output_type."""
+    """Keyword arguments of a small fast call of `pipe`, beside prompt, generator and output_type."""
     return {**_CALL_KWARGS[type(pipe).__name__], "num_inference_steps": steps}
 
 
@@ -297,8 +315,8 @@ def tiny_student(
 def _finish(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Eval mode, as from_pretrained leaves it, and no progress bar in the tests' output.
 
-    Zero-initialised layers (adaLN gates, output projections) would make a fresh denoiser ignore its text,
-    and a test of anything that reaches it through the text would pass whatever came.
+    Zero-initialised layers (adaLN gates, output projections) would make a fresh denoiser ignore its
+    text, and a test of anything that reaches it through the text would pass whatever came.
     """
     denoiser = pipe.transformer
     with torch.no_grad():

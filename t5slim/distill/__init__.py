@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .walk import Walk, capture
     from .config import DistillConfig
     from .losses import EmbeddingLoss, VelocityLoss
     from .metrics import VelocityGap, velocity_gap
     from .trainer import DistillResult, train
+    from .walk import Walk, capture
 
 _MODULES = {
     "DistillConfig": "config",

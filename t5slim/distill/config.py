@@ -17,8 +17,8 @@ class DistillConfig:
     """How `train` distils; every default is meant to be used as it is.
 
     Attributes:
-        objective: "velocity" compares the denoiser's predictions (`VelocityLoss`), "embedding" the text
-            rows (`EmbeddingLoss`, no denoiser pass at all).
+        objective: "velocity" compares the denoiser's predictions (`VelocityLoss`), "embedding" the
+            text rows (`EmbeddingLoss`, no denoiser pass at all).
         max_steps: updates of the student.
         max_seconds: stop after this much training time (evaluations are not counted), whatever
             `max_steps` says. The learning rate then ends its schedule with whichever comes first.
@@ -28,19 +28,19 @@ class DistillConfig:
         warmup_steps: updates over which the learning rate rises linearly.
         lr_schedule: after the warm-up, "cosine" down to zero, or "constant".
         max_grad_norm: the student's gradients are scaled down to this norm.
-        reservoir_walks: examples are drawn at random from this many trajectories (of one prompt each),
-            the oldest replaced as training goes on. 0: the paper's order, consecutive updates along
-            the trajectory of one batch.
-        reuse: how often each example is drawn on average before it is replaced. Higher: fewer teacher
-            passes for an update, and less new in it. Without a reservoir it has no meaning.
+        reservoir_walks: examples are drawn at random from this many trajectories (of one prompt
+            each), the oldest replaced as training goes on. 0: the paper's order, consecutive
+            updates along the trajectory of one batch.
+        reuse: how often each example is drawn on average before it is replaced. Higher: fewer
+            teacher passes for an update, and less new in it. Without a reservoir it has no meaning.
         guidance_scales: drawn from for each walk where the denoiser takes guidance as an input
             (FLUX.1-dev); elsewhere, and if empty, the guidance scale of `pipeline_kwargs` holds.
-        zero_pooled: zero the pooled CLIP vector in training, where the denoiser takes one, so that the
-            student must carry the whole prompt. Evaluations leave it as it is.
+        zero_pooled: zero the pooled CLIP vector in training, where the denoiser takes one, so that
+            the student must carry the whole prompt. Evaluations leave it as it is.
         empty_prompt_share: of the walked prompts, this share is empty, as the prompt of unguided
             branches is.
-        ema_decay: the returned student is an exponential average of its weights over the updates; 0: the
-            last weights.
+        ema_decay: the returned student is an exponential average of its weights over the updates;
+            0: the last weights.
         mixed_precision: "bf16" runs student and denoiser under autocast; weights, gradients and the
             optimizer stay in float32.
         gradient_checkpointing: of the denoiser: less memory for a second forward pass.
@@ -81,7 +81,9 @@ class DistillConfig:
         for name in ("learning_rate", "max_grad_norm", "reuse"):
             self._check(name, lambda v: _is_finite(v) and v > 0, "a number above 0")
         if self.max_seconds is not None:
-            self._check("max_seconds", lambda v: _is_finite(v) and v > 0, "a number above 0, or None")
+            self._check(
+                "max_seconds", lambda v: _is_finite(v) and v > 0, "a number above 0, or None"
+            )
         self._check("weight_decay", lambda v: _is_finite(v) and v >= 0, "a number of at least 0")
         for name in ("empty_prompt_share", "ema_decay"):
             self._check(name, lambda v: _is_finite(v) and 0 <= v < 1, "a number from 0 to below 1")
@@ -100,11 +102,13 @@ class DistillConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> DistillConfig:
-        """The settings of the paper: Wang et al., CVPR 2025, arXiv 2503.19897, and its training script.
+        """The settings of the paper: Wang et al., CVPR 2025, arXiv 2503.19897, and its training
+        script.
 
-        20 consecutive updates along the trajectory of each batch; the number of steps, and the length of
-        the text (77 tokens), are the pipeline's: `pipeline_kwargs=dict(num_inference_steps=20,
-        max_sequence_length=77)`. `max_steps` counts updates, 200,000 in the paper's last stage.
+        20 consecutive updates along the trajectory of each batch; the number of steps, and the
+        length of the text (77 tokens), are the pipeline's:
+        `pipeline_kwargs=dict(num_inference_steps=20, max_sequence_length=77)`. `max_steps` counts
+        updates, 200,000 in the paper's last stage.
 
         Args:
             **changes: settings to change, such as `max_steps`.
@@ -122,7 +126,9 @@ class DistillConfig:
         return asdict(self)
 
     def learning_rate_at(self, step: int, seconds: float) -> float:
-        """The learning rate of update number `step` (from 0), `seconds` of training after its start."""
+        """The learning rate of update number `step` (from 0), `seconds` of training after its
+        start.
+        """
         warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.lr_schedule == "constant":
             return self.learning_rate * warmup

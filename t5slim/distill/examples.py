@@ -1,4 +1,6 @@
-"""What an update learns from: examples that the teacher's walks leave, drawn in one order or another."""
+"""What an update learns from: examples that the teacher's walks leave, drawn in one order or
+another.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,16 @@ import torch
 from torch import Tensor
 
 from ..slot import denoiser_text_width, find_text_slot
-from .walk import DENOISERS, Walk, call_encoder, capture, tokenize
 from .config import DistillConfig
 from .fallback import predict_through_pipeline
 from .losses import EmbeddingLoss, VelocityLoss
 from .replay import NO_PROMPT, Rows, collate, predict, split_walk
 from .teacher import PromptTable, encode_prompts
 from .trace import NotAGather
+from .walk import DENOISERS, Walk, call_encoder, capture, tokenize
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +43,8 @@ class WalkedCall:
 class VelocityExamples:
     """Denoiser calls of the teacher's trajectories, and the student's loss on them.
 
-    With a reservoir, each batch is drawn from all trajectories in it, of different prompts, noises and
-    timesteps. Without, it is one call of the latest walk, in order: the paper's step following.
+    With a reservoir, each batch is drawn from all trajectories in it, of different prompts, noises
+    and timesteps. Without, it is one call of the latest walk, in order: the paper's step following.
 
     The reservoir fills as training goes on. A new batch is walked whenever the rows drawn make up
     `reuse` times the rows that were walked; so no update waits for it to be full, and the teacher's
@@ -62,7 +64,7 @@ class VelocityExamples:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: Any,
         prompts: Sequence[str],
         config: DistillConfig,
         pipeline_kwargs: Mapping[str, Any],
@@ -173,7 +175,7 @@ class EmbeddingExamples:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: Any,
         prompts: Sequence[str],
         config: DistillConfig,
         pipeline_kwargs: Mapping[str, Any],

@@ -1,8 +1,9 @@
 """The student through the whole pipeline, for pipelines that change T5's rows on their way.
 
-StableAudio projects them with a learned layer, others read them with a ControlNet as well. There the
-pipeline's own code is run under autograd: the student in the text slot, and a denoiser that makes its
-prediction where one is asked for and returns the recorded answer, so that x_t stays the teacher's.
+StableAudio projects them with a learned layer, others read them with a ControlNet as well. There
+the pipeline's own code is run under autograd: the student in the text slot, and a denoiser that
+makes its prediction where one is asked for and returns the recorded answer, so that x_t stays the
+teacher's.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from .walk import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 
 def predict_through_pipeline(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     walk: Walk,
     encode: Callable[[Tensor, Tensor | None], Tensor],
     calls: Collection[int],
@@ -37,8 +38,8 @@ def predict_through_pipeline(
 ) -> dict[int, Tensor]:
     """The denoiser's predictions at some calls of a walk, with other rows in the text slot.
 
-    Needs no map of where T5's rows go, so it serves every pipeline; it costs the pipeline's own code and
-    only rows of one walk and one call can share a batch.
+    Needs no map of where T5's rows go, so it serves every pipeline; it costs the pipeline's own
+    code and only rows of one walk and one call can share a batch.
 
     Args:
         pipe: the pipeline of the walk.
@@ -51,8 +52,8 @@ def predict_through_pipeline(
         For each call its prediction, (R, ...), differentiable in the rows if grad is enabled.
 
     Raises:
-        DistillError: x_t or another input that doesn't come from the text isn't what it was in the walk:
-            the pipeline draws random numbers beside its generator.
+        DistillError: x_t or another input that doesn't come from the text isn't what it was in the
+            walk: the pipeline draws random numbers beside its generator.
     """
     predictions: dict[int, Tensor] = {}
     slot_calls = iter(walk.slot_calls)
@@ -78,7 +79,9 @@ def predict_through_pipeline(
     return predictions
 
 
-def _check_same_path(pipe: DiffusionPipeline, recorded: DenoiserCall, kwargs: dict[str, Any]) -> None:
+def _check_same_path(
+    pipe: Any, recorded: DenoiserCall, kwargs: dict[str, Any]
+) -> None:
     now = tensors_in(kwargs)
     for path, then in tensors_in(recorded.kwargs).items():
         if not now[path].requires_grad and not torch.equal(now[path], then):

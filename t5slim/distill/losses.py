@@ -11,9 +11,10 @@ from torch import Tensor, nn
 class VelocityLoss(nn.Module):
     r"""Distance of the denoiser's predictions under the student and under the teacher.
 
-    The vision loss of the paper, $L = E_p \| v(x_t, t, E_T(p)) - v(x_t, t, E_S(p)) \|^2$, with v the frozen
-    denoiser at the same x_t and t: the text is compared by what the denoiser makes of it. As a mean over
-    the elements of a prediction instead of their sum, so that its size doesn't depend on the resolution.
+    The vision loss of the paper, $L = E_p \| v(x_t, t, E_T(p)) - v(x_t, t, E_S(p)) \|^2$, with v
+    the frozen denoiser at the same x_t and t: the text is compared by what the denoiser makes of
+    it. As a mean over the elements of a prediction instead of their sum, so that its size doesn't
+    depend on the resolution.
 
     Source: Wang et al., CVPR 2025, arXiv 2503.19897, section 3.
     """
@@ -38,9 +39,9 @@ class VelocityLoss(nn.Module):
 class EmbeddingLoss(nn.Module):
     """Distance of the student's text rows and the teacher's: the naive baseline of the paper.
 
-    Which rows count is what the pipeline says. Where it gives the encoder a mask (PixArt, Chroma), the
-    rows of the mask, as nothing else is made of the prompt; where it gives none (FLUX.1, SD3), all of
-    them, as the denoiser then attends to the rows of the padding, too.
+    Which rows count is what the pipeline says. Where it gives the encoder a mask (PixArt, Chroma),
+    the rows of the mask, as nothing else is made of the prompt; where it gives none (FLUX.1, SD3),
+    all of them, as the denoiser then attends to the rows of the padding, too.
 
     Source: Wang et al., CVPR 2025, arXiv 2503.19897, "naive distillation".
     """

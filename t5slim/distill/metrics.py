@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,21 +10,22 @@ from torch import Tensor, nn
 
 from ..errors import DistillError
 from ..slot import find_text_slot
-from .walk import Walk, call_encoder, capture
 from .fallback import predict_through_pipeline
 from .losses import VelocityLoss
+from .prompts import Prompts, load_prompts
 from .replay import NO_PROMPT, Rows, predict, split_walk
 from .teacher import PromptTable, encode_prompts
 from .trace import NotAGather
+from .walk import Walk, call_encoder, capture
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 
 def velocity_gap(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     student: nn.Module,
-    prompts: Sequence[str],
+    prompts: Prompts,
     *,
     pipeline_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -32,16 +33,19 @@ def velocity_gap(
 ) -> float:
     """How far the denoiser's predictions move when the student takes the teacher's place.
 
-    gap = sum ||v(x_t, t, E_S(p)) - v(x_t, t, E_T(p))||^2 / sum ||v(x_t, t, E_T("")) - v(x_t, t, E_T(p))||^2
+    gap = sum ||v(x_t, t, E_S(p)) - v(x_t, t, E_T(p))||^2 / sum ||v(x_t, t, E_T("")) - v(x_t, t,
+    E_T(p))||^2
 
-    over `prompts` and every step of the teacher's trajectory. 0: the denoiser can't tell the student from
-    the teacher. 1: the student says no more than an empty prompt. It has no unit, and needs no image.
-    Rows that carry the empty prompt itself (the unguided branch of classifier-free guidance) are left out.
+    over `prompts` and every step of the teacher's trajectory. 0: the denoiser can't tell the
+    student from the teacher. 1: the student says no more than an empty prompt. It has no unit, and
+    needs no image. Rows that carry the empty prompt itself (the unguided branch of classifier-free
+    guidance) are left out.
 
     Args:
-        pipe: a pipeline with the teacher in its text slot; its dtype is the precision of the measure.
+        pipe: a pipeline with the teacher in its text slot; its dtype is the precision of the
+        measure.
         student: an encoder for that slot, on the pipeline's device.
-        prompts: prompts that the student wasn't trained on.
+        prompts: prompts that the student wasn't trained on, as a list or a text file.
         pipeline_kwargs: how the pipeline is called, as for `capture`.
         seed: of the noise that the trajectories start from.
         batch_size: prompts that are walked together.
@@ -61,23 +65,22 @@ def velocity_gap(
 class VelocityGap:
     """`velocity_gap` for one pipeline and set of prompts: walked once, then asked for each student.
 
-    Holds the trajectories and the distances to the empty prompt, so that each call costs one denoiser
-    pass for each step and prompt, a third of the first one's.
+    Holds the trajectories and the distances to the empty prompt, so that each call costs one
+    denoiser pass for each step and prompt, a third of the first one's.
 
     Args: those of `velocity_gap`, without the student.
     """
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
-        prompts: Sequence[str],
+        pipe: Any,
+        prompts: Prompts,
         *,
         pipeline_kwargs: Mapping[str, Any] | None = None,
         seed: int = 0,
         batch_size: int = 16,
     ) -> None:
-        if not prompts:
-            raise DistillError("velocity_gap needs at least one prompt, and got none.")
+        prompts = load_prompts(prompts, "prompts")
         self._pipe = pipe
         self._table = PromptTable()
         self._parts: list[list[Rows] | Walk] = []  # a Walk where the pipeline is no gather
@@ -161,7 +164,9 @@ class VelocityGap:
         return rows if len(kept) == len(rows) else rows.select(kept)
 
     def _encode_empty_prompt(self, walk: Walk) -> tuple[int, Tensor]:
-        """Number of the empty prompt, tokenized as the walk's prompts are, and the teacher's rows, (S, D)."""
+        """Number of the empty prompt, tokenized as the walk's prompts are, and the teacher's rows,
+        (S, D).
+        """
         call = walk.slot_calls[0]
         slot = find_text_slot(self._pipe)
         tokens = getattr(self._pipe, slot.tokenizer_name)(

@@ -1,7 +1,8 @@
 """Ask the denoiser again, with the student's rows where the teacher's stood.
 
 Each batch row of a denoiser call is an example by itself: x_t, t, its conditioning, the teacher's
-prediction, and the prompt whose rows it read. Rows of different walks and timesteps can share a call.
+prediction, and the prompt whose rows it read. Rows of different walks and timesteps can share a
+call.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .walk import DenoiserCall, Path, Walk, call_denoiser, first_tensor, map_tensors, tensors_in
 from .teacher import PromptTable
 from .trace import CallMap, NotAGather, trace
+from .walk import DenoiserCall, Path, Walk, call_denoiser, first_tensor, map_tensors, tensors_in
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 NO_PROMPT = -1
 
@@ -32,7 +33,8 @@ class TextInput:
     Attributes:
         positions: (R, ...) int64, of the argument's shape without the channels: which row of the
             prompt's T5 output stands there, or -1.
-        constant: (R, ..., D), what stands where `positions` is -1 (SD3: CLIP's rows); None if it nowhere is.
+        constant: (R, ..., D), what stands where `positions` is -1 (SD3: CLIP's rows); None if it
+            nowhere is.
     """
 
     positions: Tensor
@@ -100,7 +102,7 @@ class Rows:
         return collate([(self, i) for i in indices])
 
 
-def split_walk(pipe: DiffusionPipeline, walk: Walk, table: PromptTable) -> list[Rows]:
+def split_walk(pipe: Any, walk: Walk, table: PromptTable) -> list[Rows]:
     """Take a walk apart into the rows of its denoiser calls.
 
     Args:
@@ -121,7 +123,10 @@ def split_walk(pipe: DiffusionPipeline, walk: Walk, table: PromptTable) -> list[
             slot_rows += [(number, s) for s in range(call.input_ids.shape[1])]
     origin = torch.tensor(slot_rows, device=walk.slot_calls[0].rows.device)
     shared: dict[Any, Any] = {}  # the text is the same in each call of a walk: one copy for all
-    return [_split_call(call, m, origin, shared) for call, m in zip(walk.denoiser_calls, maps, strict=True)]
+    return [
+        _split_call(call, m, origin, shared)
+        for call, m in zip(walk.denoiser_calls, maps, strict=True)
+    ]
 
 
 def collate(picks: Sequence[tuple[Rows, int]]) -> Rows:
@@ -150,7 +155,7 @@ def collate(picks: Sequence[tuple[Rows, int]]) -> Rows:
 
 
 def predict(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     rows: Rows,
     embeddings: Tensor,
     autocast_dtype: torch.dtype | None = None,
@@ -164,8 +169,8 @@ def predict(
         autocast_dtype: run the denoiser under autocast to this dtype.
 
     Returns:
-        (R, ...), differentiable in `embeddings`. With the teacher's own rows, and all rows of a call in
-        their order, it is bitwise the target.
+        (R, ...), differentiable in `embeddings`. With the teacher's own rows, and all rows of a
+        call in their order, it is bitwise the target.
     """
 
     def argument(path: Path, tensor: Tensor) -> Tensor:
@@ -178,9 +183,7 @@ def predict(
         return filled.movedim(0, rows.batch_dims[path])
 
     denoiser = getattr(pipe, rows.denoiser)
-    output = call_denoiser(
-        denoiser, denoiser, map_tensors(rows.kwargs, argument), autocast_dtype
-    )
+    output = call_denoiser(denoiser, denoiser, map_tensors(rows.kwargs, argument), autocast_dtype)
     return first_tensor(output)
 
 
@@ -215,7 +218,9 @@ def _split_call(
     kwargs = map_tensors(
         call.kwargs, lambda path, tensor: tensor.new_empty(0) if path in batch_dims else tensor
     )
-    return Rows(call.denoiser, kwargs, batch_dims, batched, text, prompts or [NO_PROMPT] * R, call.target)
+    return Rows(
+        call.denoiser, kwargs, batch_dims, batched, text, prompts or [NO_PROMPT] * R, call.target
+    )
 
 
 def _text_input(tensor: Tensor, source: Tensor, origin: Tensor) -> tuple[TextInput, list[int]]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .walk import call_encoder
 
-# Of the teacher's rows, in host memory: 0.6 MB for a prompt of 77 tokens and 4096 channels in bfloat16.
+# Of the teacher's rows, in host memory: 0.6 MB for a prompt of 77 tokens and 4096 channels in
+# bfloat16.
 MAX_ROWS_BYTES = 8 << 30
 
 
@@ -89,7 +90,9 @@ class PromptTable:
 def encode_prompts(
     student: Callable[..., Any], table: PromptTable, numbers: Sequence[int], device: torch.device
 ) -> Tensor:
-    """The student's rows for prompts of the table, (B, S, D), each different prompt encoded once."""
+    """The student's rows for prompts of the table, (B, S, D), each different prompt encoded
+    once.
+    """
     different = sorted(set(numbers))
     ids, mask = table.batch(different, device)
     rows = call_encoder(student, ids, mask)

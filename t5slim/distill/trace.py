@@ -1,9 +1,10 @@
 """Where the rows of T5's output land in the denoiser's arguments.
 
-Nearly every pipeline only copies them: repeats them for several images, joins those of a prompt and a
-negative prompt, pads or prefixes them. Such a pipeline is walked a second time, T5 replaced by a stand-in
-whose rows carry their own number, the denoiser by one that repeats its recorded answers, and the numbers
-are read back from the denoiser's arguments. No network but the small ones (CLIP) runs for that.
+Nearly every pipeline only copies them: repeats them for several images, joins those of a prompt and
+a negative prompt, pads or prefixes them. Such a pipeline is walked a second time, T5 replaced by a
+stand-in whose rows carry their own number, the denoiser by one that repeats its recorded answers,
+and the numbers are read back from the denoiser's arguments. No network but the small ones (CLIP)
+runs for that.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .walk import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 BASE = 16  # digits 1 to 16: integers that bfloat16 and float16 hold exactly, and none is the 0 of a padding
 
@@ -40,9 +41,9 @@ class CallMap:
     """How the arguments of one denoiser call are made of rows.
 
     Attributes:
-        sources: for each tensor that holds rows of T5, by path: int64 of its shape without the channels,
-            the number of the T5 row that stands there, or -1. Numbers count through the walk's slot
-            calls, as if their rows (B, S, D) were flattened to (B * S, D) and joined.
+        sources: for each tensor that holds rows of T5, by path: int64 of its shape without the
+            channels, the number of the T5 row that stands there, or -1. Numbers count through the
+            walk's slot calls, as if their rows (B, S, D) were flattened to (B * S, D) and joined.
         batch_dims: for each tensor, by path, the dimension that runs over the batch, or None.
     """
 
@@ -50,7 +51,7 @@ class CallMap:
     batch_dims: dict[Path, int | None]
 
 
-def trace(pipe: DiffusionPipeline, walk: Walk) -> list[CallMap]:
+def trace(pipe: Any, walk: Walk) -> list[CallMap]:
     """Find where T5's rows stand in the arguments of each of the walk's denoiser calls.
 
     Args:
@@ -68,7 +69,7 @@ def trace(pipe: DiffusionPipeline, walk: Walk) -> list[CallMap]:
     return [CallMap(s, b) for s, b in zip(sources, batch_dims, strict=True)]
 
 
-def _trace_sources(pipe: DiffusionPipeline, walk: Walk) -> list[dict[Path, Tensor]]:
+def _trace_sources(pipe: Any, walk: Walk) -> list[dict[Path, Tensor]]:
     rows = [call.rows for call in walk.slot_calls]
     width = rows[0].shape[-1]
     total = sum(r.shape[0] * r.shape[1] for r in rows)
@@ -117,10 +118,10 @@ def _trace_sources(pipe: DiffusionPipeline, walk: Walk) -> list[dict[Path, Tenso
     return sources
 
 
-def _compare(
-    now: Tensor, then: Tensor, teacher: Tensor, digits: int, path: Path
-) -> Tensor | None:
-    """Where `now`, traced, holds numbered rows; None if nowhere. Everything else must equal `then`."""
+def _compare(now: Tensor, then: Tensor, teacher: Tensor, digits: int, path: Path) -> Tensor | None:
+    """Where `now`, traced, holds numbered rows; None if nowhere. Everything else must equal
+    `then`.
+    """
     where = "/".join(map(str, path))
     if now.shape != then.shape or now.dtype != then.dtype:
         raise NotAGather(f"the shape or dtype of {where} depends on T5's output")
@@ -130,7 +131,9 @@ def _compare(
         return None
     source = _decode(now, digits)
     is_row = (source >= 0) & (source < len(teacher))
-    expected = torch.where(is_row[..., None], teacher[source.clamp(0, len(teacher) - 1)].to(now), now)
+    expected = torch.where(
+        is_row[..., None], teacher[source.clamp(0, len(teacher) - 1)].to(now), now
+    )
     if not torch.equal(expected, then):
         raise NotAGather(f"{where} holds T5's rows changed, not copied")
     return torch.where(is_row, source, -1) if is_row.any() else None
@@ -144,13 +147,12 @@ def _check_same_arguments(recorded: DenoiserCall, name: str, kwargs: dict[str, A
         raise NotAGather("the denoiser's arguments, beside its tensors, depend on T5's output")
 
 
-def _trace_batch_dims(
-    pipe: DiffusionPipeline, walk: Walk
-) -> list[dict[Path, int | None]]:
+def _trace_batch_dims(pipe: Any, walk: Walk) -> list[dict[Path, int | None]]:
     """Which dimension of each argument runs over the batch.
 
-    Found by walking with one prompt more and looking which dimensions grew. Comparing lengths with the
-    number of prompts would be a guess: FLUX's `txt_ids` with 32 tokens looks batched in a batch of 32.
+    Found by walking with one prompt more and looking which dimensions grew. Comparing lengths with
+    the number of prompts would be a guess: FLUX's `txt_ids` with 32 tokens looks batched in a batch
+    of 32.
     """
     batch = len(walk.prompts)
     slot_calls = iter(walk.slot_calls)
@@ -173,7 +175,9 @@ def _trace_batch_dims(
                 raise NotAGather("the denoiser's arguments depend on the number of prompts")
             changed = [i for i in range(then.ndim) if now[path].shape[i] != then.shape[i]]
             if any(now[path].shape[i] != grown(then.shape[i]) for i in changed) or len(changed) > 1:
-                raise NotAGather(f"{'/'.join(map(str, path))} doesn't grow row by row with the batch")
+                raise NotAGather(
+                    f"{'/'.join(map(str, path))} doesn't grow row by row with the batch"
+                )
             dims[path] = changed[0] if changed else None
         batch_dims.append(dims)
         target = recorded.target

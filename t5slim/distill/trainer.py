@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,16 +22,18 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..compatibility import check_compatible
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from ..slot import find_text_slot
-from .walk import DENOISERS, autocast, check_pipeline_kwargs
 from .config import DistillConfig
 from .examples import EmbeddingExamples, VelocityExamples
 from .metrics import VelocityGap
+from .prompts import Prompts, load_prompts
+from .walk import DENOISERS, autocast, check_pipeline_kwargs
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class DistillResult:
         gap: velocity gap of the student on `eval_prompts`; None without.
         raw_gap: the same with the last weights instead of the averaged ones.
         history: an entry for each evaluation: step, seconds, teacher_rows, student_rows, loss,
-            learning_rate, gap. The file `history.jsonl` holds the same.
+            gap. The file `history.jsonl` holds the same.
     """
 
     student: nn.Module
@@ -68,58 +70,61 @@ class DistillResult:
 
 
 def train(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     student: SlimT5Encoder,
-    prompts: Sequence[str] | str | os.PathLike[str],
+    prompts: Prompts,
     config: DistillConfig | None = None,
     *,
     pipeline_kwargs: Mapping[str, Any] | None = None,
-    eval_prompts: Sequence[str] | str | os.PathLike[str] | None = None,
+    eval_prompts: Prompts | None = None,
     output_dir: str | os.PathLike[str] | None = None,
 ) -> DistillResult:
     """Distil `student` to take the place of the T5 in `pipe`. No images are needed, only prompts.
 
-    The pipeline is the teacher: it is run on the prompts as a user would run it, and the student learns
-    to make its denoiser predict the same. Teacher, denoiser and everything else in the pipeline are
-    frozen; the student's encoder and projection are trained in float32, whatever the student's dtype.
+    The pipeline is the teacher: it is run on the prompts as a user would run it, and the student
+    learns to make its denoiser predict the same. Teacher, denoiser and everything else in the
+    pipeline are frozen; the student's encoder and projection are trained in float32, whatever the
+    student's dtype.
 
         result = train(pipe, student, "prompts.txt", pipeline_kwargs={"height": 512, "width": 512})
         patch_pipeline(pipe, result.student)
 
-    On several GPUs, start with `accelerate launch`, each process with the pipeline on its own device.
+    On several GPUs, start with `accelerate launch`, each process with the pipeline on its own
+    device.
 
     Args:
         pipe: a pipeline with a T5 in its text slot, on the device to train on.
         student: with the vocabulary of that T5 and the width of its rows. Trained in place.
         prompts: a list, or a text file with one prompt on each line; blank ones are dropped.
-        config: a `DistillConfig`; default: the defaults. `DistillConfig.paper()` has the paper's settings.
+        config: a `DistillConfig`; default: the defaults. `DistillConfig.paper()` has the paper's
+        settings.
         pipeline_kwargs: how the pipeline is called: `height`, `width`, `num_inference_steps`,
-            `guidance_scale`, `max_sequence_length`, `negative_prompt`...: what the student should be
-            good at. `num_inference_steps` may be smaller than in use: 20 in the paper.
-        eval_prompts: prompts to measure the velocity gap on every `config.eval_every` updates, as a list
-            or file. They should not be among `prompts`.
-        output_dir: where to save the student (at each evaluation and in the end) with `history.jsonl` and
-            `distillation.json`. Loaded with `SlimT5Encoder.from_pretrained(output_dir)`.
+            `guidance_scale`, `max_sequence_length`, `negative_prompt`...: what the student should
+            be good at. `num_inference_steps` may be smaller than in use: 20 in the paper.
+        eval_prompts: prompts to measure the velocity gap on every `config.eval_every` updates, as a
+            list or file. They should not be among `prompts`.
+        output_dir: where to save the student (at each evaluation and in the end) with
+            `history.jsonl` and `distillation.json`. Loaded with
+            `SlimT5Encoder.from_pretrained(output_dir)`.
 
     Returns:
         A `DistillResult`; its `student` is the one passed.
 
     Raises:
-        DistillError: no prompts; a student that is the teacher; an `output_dir` that holds another run;
-            `pipeline_kwargs` that the pipeline doesn't take; or a loss that is not finite any more, and
-            then the student and `output_dir` hold the last good weights.
+        DistillError: no prompts; a student that is the teacher; an `output_dir` that holds another
+            run; `pipeline_kwargs` that the pipeline doesn't take; or a loss that is not finite any
+            more, and then the student and `output_dir` hold the last good weights.
         NoT5SlotError: the pipeline has no T5.
         IncompatibleStudentError: the student has another vocabulary, or rows of another width.
+        ConfigError: see `DistillConfig`.
     """
     config = config or DistillConfig()
     kwargs = dict(pipeline_kwargs or {})
     prompts = load_prompts(prompts, "prompts")
     held_out = None if eval_prompts is None else load_prompts(eval_prompts, "eval_prompts")
-    _check_student(pipe, student)
+    _check_student(pipe, student, config)
     check_pipeline_kwargs(pipe, kwargs)
     folder = None if output_dir is None else _check_output_dir(Path(output_dir))
-
-    facts = _facts(pipe, student, config, kwargs, prompts, held_out)
 
     accelerator = Accelerator()
     device = torch.device(pipe._execution_device)
@@ -132,41 +137,14 @@ def train(
 
         measure = None
         if held_out is not None and accelerator.is_main_process:
-            measure = VelocityGap(
-                pipe, held_out, pipeline_kwargs=kwargs, batch_size=config.batch_size
-            )
+            measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs)
         examples_class = VelocityExamples if config.objective == "velocity" else EmbeddingExamples
-        run = _Run(accelerator, student, config, measure, folder)
-        run.write_metadata(facts)
+        facts = _facts(pipe, student, config, kwargs, prompts, held_out)
+        run = _Run(accelerator, student, config, measure, folder, facts)
         shard = prompts[accelerator.process_index :: accelerator.num_processes] or prompts
         seed = config.seed + 7919 * accelerator.process_index
         run.updates(run.timed(lambda: examples_class(pipe, shard, config, kwargs, seed)), device)
-    result = run.finish()
-    run.write_metadata(facts)
-    return result
-
-
-def load_prompts(prompts: Sequence[str] | str | os.PathLike[str], name: str) -> list[str]:
-    """A list of prompts, or the lines of a text file, without surrounding white space and blank ones."""
-    if isinstance(prompts, (str, os.PathLike)):
-        path = Path(prompts)
-        if not path.is_file():
-            raise DistillError(
-                f"{name} is {str(prompts)!r}, and there is no such file. Pass a list of prompts, or the "
-                "path of a text file with one on each line."
-            )
-        lines = path.read_text(encoding="utf-8").splitlines()
-        source = f"the file {path}"
-    else:
-        lines = list(prompts)
-        source = "a list"
-        for line in lines:
-            if not isinstance(line, str):
-                raise DistillError(f"{name} holds {line!r}; expected strings.")
-    kept = [line.strip() for line in lines if line.strip()]
-    if not kept:
-        raise DistillError(f"{name} is {source} without a prompt in it; at least one is needed.")
-    return kept
+    return run.finish()
 
 
 class _Run:
@@ -179,16 +157,20 @@ class _Run:
         config: DistillConfig,
         measure: VelocityGap | None,
         folder: Path | None,
+        facts: dict[str, Any],
     ) -> None:
         self._accelerator = accelerator
         self._student = student
         self._config = config
         self._measure = measure
         self._folder = folder if accelerator.is_main_process else None
-        # The student that is measured, saved and returned; without averaging, the trained one itself.
+        # The student that is measured, saved and returned; without averaging, the trained one
+        # itself.
         self._average = copy.deepcopy(student).eval() if config.ema_decay else student
         self._losses: list[float] = []
+        self._facts = facts
         self.result = DistillResult(student)
+        self._write_metadata()
 
     def timed(self, work: Callable[[], Any]) -> Any:
         """Do work that counts as training time."""
@@ -256,21 +238,6 @@ class _Run:
             self._student.save_pretrained(self._folder)
         return self.result
 
-    def write_metadata(self, facts: dict[str, Any]) -> None:
-        """Write `distillation.json`: what was trained on what, with which settings, and the outcome."""
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        outcome = {
-            key: value
-            for key, value in vars(self.result).items()
-            if key not in ("student", "history")
-        }
-        text = json.dumps({**facts, "result": outcome}, indent=2, default=str) + "\n"
-        temporary = self._folder / f".{METADATA_FILE}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self._folder / METADATA_FILE)
-
     def _evaluate(self, finished: bool) -> None:
         result = self.result
         result.loss = sum(self._losses) / len(self._losses)
@@ -286,9 +253,20 @@ class _Run:
         if self._folder is not None:
             with open(self._folder / HISTORY_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-            if not finished:  # then `finish` saves it, in the student's own dtype
+            self._write_metadata()
+            if not finished:  # `finish` saves the last one, in the student's own dtype
                 self._average.save_pretrained(self._folder)
         self._accelerator.wait_for_everyone()
+
+    def _write_metadata(self) -> None:
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        outcome = {k: v for k, v in vars(self.result).items() if k not in ("student", "history")}
+        text = json.dumps({**self._facts, "result": outcome}, indent=2, default=str) + "\n"
+        temporary = self._folder / f".{METADATA_FILE}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self._folder / METADATA_FILE)
 
     def _update_average(self) -> None:
         if self._average is self._student:
@@ -312,7 +290,7 @@ class _Run:
 
 
 def _facts(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     student: SlimT5Encoder,
     config: DistillConfig,
     pipeline_kwargs: dict[str, Any],
@@ -341,7 +319,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _check_student(pipe: DiffusionPipeline, student: SlimT5Encoder) -> None:
+def _check_student(pipe: Any, student: SlimT5Encoder, config: DistillConfig) -> None:
     slot = find_text_slot(pipe)
     teacher = getattr(pipe, slot.name)
     if not isinstance(student, SlimT5Encoder):
@@ -362,6 +340,16 @@ def _check_student(pipe: DiffusionPipeline, student: SlimT5Encoder) -> None:
         )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistillError("No parameter of the student requires a gradient: it can't learn.")
+    check_compatible(student.config, pipe)
+    denoisers = [getattr(pipe, name, None) for name in DENOISERS]
+    if config.objective == "velocity" and any(
+        denoiser is not None and denoiser.dtype == torch.float16 for denoiser in denoisers
+    ):
+        # A mean over 1e5 elements has gradients below 6e-8, the smallest number of float16.
+        raise DistillError(
+            f"The denoiser of this {type(pipe).__name__} is in float16, through which gradients vanish. "
+            "Load the pipeline in bfloat16 or float32."
+        )
 
 
 def _check_output_dir(folder: Path) -> Path:
@@ -377,7 +365,7 @@ def _check_output_dir(folder: Path) -> Path:
 
 
 @contextmanager
-def _frozen(pipe: DiffusionPipeline, gradient_checkpointing: bool) -> Iterator[None]:
+def _frozen(pipe: Any, gradient_checkpointing: bool) -> Iterator[None]:
     """Nothing in the pipeline gets a gradient or drops out; afterwards it is set as it was."""
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     grads = [(p, p.requires_grad) for module in modules for p in module.parameters()]
