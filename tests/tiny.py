@@ -231,7 +231,7 @@ def tiny_ltx(seed: int = 0) -> LTXPipeline:
 
 
 def tiny_stable_audio(seed: int = 0) -> StableAudioPipeline:
-    """Its `projection_model`, a learned layer behind T5, makes the denoiser's rows no copies of T5's."""
+    """Its `projection_model` is a learned layer behind T5: the denoiser's rows are no copies."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():  # AutoencoderOobleck still uses torch's old weight_norm
         warnings.simplefilter("ignore", FutureWarning)
@@ -288,7 +288,7 @@ _CALL_KWARGS: dict[str, dict[str, Any]] = {
 
 
 def call_kwargs(pipe: DiffusionPipeline, steps: int = 3) -> dict[str, Any]:
-    """Keyword arguments of a small fast call of `pipe`, beside prompt, generator and output_type."""
+    """Arguments of a small fast call of `pipe`, beside prompt, generator and output_type."""
     return {**_CALL_KWARGS[type(pipe).__name__], "num_inference_steps": steps}
 
 

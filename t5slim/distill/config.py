@@ -91,13 +91,13 @@ class DistillConfig:
             "guidance_scales", lambda v: all(_is_finite(g) and g > 0 for g in v), "numbers above 0"
         )
         for name, values in _CHOICES.items():
-            self._check(name, lambda v, values=values: v in values, " or ".join(map(repr, values)))
+            self._check(name, values.__contains__, " or ".join(map(repr, values)))
         for name in ("zero_pooled", "gradient_checkpointing"):
             self._check(name, lambda v: isinstance(v, bool), "True or False")
         if 0 < self.reservoir_walks < self.batch_size:
             raise ConfigError(
-                f"reservoir_walks is {self.reservoir_walks}, but {self.batch_size} prompts are walked "
-                "together (batch_size): make it at least that, or 0 for consecutive updates."
+                f"reservoir_walks is {self.reservoir_walks}, but {self.batch_size} prompts are "
+                "walked together (batch_size): make it at least that, or 0 for consecutive updates."
             )
 
     @classmethod

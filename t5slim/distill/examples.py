@@ -9,22 +9,20 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..slot import denoiser_text_width, find_text_slot
+from ..slot import denoiser_text_width
+from .calls import call_encoder
 from .config import DistillConfig
 from .fallback import predict_through_pipeline
 from .losses import EmbeddingLoss, VelocityLoss
 from .replay import NO_PROMPT, Rows, collate, predict, split_walk
 from .teacher import PromptTable, encode_prompts
 from .trace import NotAGather
-from .walk import DENOISERS, Walk, call_encoder, capture, tokenize
-
-if TYPE_CHECKING:
-    pass
+from .walk import DENOISERS, Walk, capture, teacher_of, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -186,8 +184,9 @@ class EmbeddingExamples:
         self._random = random.Random(seed)
         self._table = PromptTable()
         self._loss = EmbeddingLoss()
-        self._encoder = getattr(pipe, find_text_slot(pipe).name)
+        self._encoder: Any = teacher_of(pipe)
         width = denoiser_text_width(pipe)
+        assert width is not None  # the encoder's own, if the denoiser doesn't say
         lengths: dict[int, int] = {}
 
         def note(_: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -9,24 +9,14 @@ teacher's.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DistillError
-from .walk import (
-    DenoiserCall,
-    Walk,
-    call_denoiser,
-    first_tensor,
-    run_pipeline,
-    tensors_in,
-    with_first_tensor,
-)
-
-if TYPE_CHECKING:
-    pass
+from .calls import call_denoiser, first_tensor, tensors_in, with_first_tensor
+from .walk import DenoiserCall, Walk, run_pipeline
 
 
 def predict_through_pipeline(
@@ -79,14 +69,12 @@ def predict_through_pipeline(
     return predictions
 
 
-def _check_same_path(
-    pipe: Any, recorded: DenoiserCall, kwargs: dict[str, Any]
-) -> None:
+def _check_same_path(pipe: Any, recorded: DenoiserCall, kwargs: dict[str, Any]) -> None:
     now = tensors_in(kwargs)
     for path, then in tensors_in(recorded.kwargs).items():
         if not now[path].requires_grad and not torch.equal(now[path], then):
             raise DistillError(
-                f"{type(pipe).__name__} called its denoiser with another {'/'.join(map(str, path))} when "
-                "it was walked again from the same seed: its trajectory can't be learned from. Check "
+                f"{type(pipe).__name__}, walked again from the same seed, called its denoiser with "
+                f"another {'/'.join(map(str, path))}: its trajectory can't be learned from. Check "
                 "that its scheduler draws its noise from the pipeline's generator."
             )

@@ -72,5 +72,6 @@ def _check_shapes(prediction: Tensor, target: Tensor) -> None:
     # Broadcasting would turn a forgotten dimension into a wrong number instead of an error.
     if prediction.shape != target.shape:
         raise ValueError(
-            f"expected two tensors of one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}"
+            f"expected two tensors of one shape, got {tuple(prediction.shape)} and "
+            f"{tuple(target.shape)}"
         )

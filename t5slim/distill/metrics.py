@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
 from ..slot import find_text_slot
+from .calls import call_encoder
+from .checks import Prompts, check_student, load_prompts
 from .fallback import predict_through_pipeline
 from .losses import VelocityLoss
-from .prompts import Prompts, load_prompts
 from .replay import NO_PROMPT, Rows, predict, split_walk
 from .teacher import PromptTable, encode_prompts
 from .trace import NotAGather
-from .walk import Walk, call_encoder, capture
-
-if TYPE_CHECKING:
-    pass
+from .walk import Walk, capture
 
 
 def velocity_gap(
@@ -55,8 +53,11 @@ def velocity_gap(
 
     Raises:
         NoT5SlotError: the pipeline has no T5.
-        DistillError: no prompts, or a denoiser whose predictions don't depend on the prompt.
+        DistillError: no prompts; a pipeline with this very student in its slot; or a denoiser whose
+            predictions don't depend on the prompt.
+        IncompatibleStudentError: the student has another vocabulary, or rows of another width.
     """
+    check_student(pipe, student)
     return VelocityGap(
         pipe, prompts, pipeline_kwargs=pipeline_kwargs, seed=seed, batch_size=batch_size
     )(student)
@@ -99,8 +100,8 @@ class VelocityGap:
         self._denominator = self._distance(None)
         if not self._denominator > 0:
             raise DistillError(
-                "The denoiser predicts the same for these prompts as for an empty one: the velocity gap "
-                "would divide by zero. Are the prompts empty, or the denoiser untrained?"
+                "The denoiser predicts the same for these prompts as for an empty one, so that the "
+                "gap would divide by zero. Are the prompts empty, or the denoiser untrained?"
             )
 
     def __call__(self, student: nn.Module) -> float:
@@ -118,8 +119,12 @@ class VelocityGap:
         loss = VelocityLoss()
         total = 0.0
         for part in self._parts:
-            replay = self._replay_walk if isinstance(part, Walk) else self._replay_rows
-            for prediction, target in replay(part, student):  # type: ignore[operator]
+            pairs = (
+                self._replay_walk(part, student)
+                if isinstance(part, Walk)
+                else self._replay_rows(part, student)
+            )
+            for prediction, target in pairs:
                 total += loss(prediction, target).sum().item() * target[0].numel()
         return total
 

@@ -11,17 +11,15 @@ import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .calls import Path, call_denoiser, first_tensor, map_tensors, tensors_in
 from .teacher import PromptTable
 from .trace import CallMap, NotAGather, trace
-from .walk import DenoiserCall, Path, Walk, call_denoiser, first_tensor, map_tensors, tensors_in
-
-if TYPE_CHECKING:
-    pass
+from .walk import DenoiserCall, Walk
 
 NO_PROMPT = -1
 
@@ -45,6 +43,7 @@ class TextInput:
 
         Args:
             rows: (R, S, D), for each row of the call the output of T5 or a student for its prompt.
+            dtype: of the argument.
 
         Returns:
             (R, ..., D) of `dtype`, differentiable in `rows`.
@@ -92,8 +91,8 @@ class Rows:
                 return tensor.dtype, text.positions.shape[1:], text.constant is None
             if path in self.batched:
                 return self.batched[path].dtype, self.batched[path].shape[1:]
-            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            return tensor.dtype, tensor.shape, hashlib.sha256(content).digest()
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            return tensor.dtype, tensor.shape, hashlib.sha256(content.numpy().tobytes()).digest()
 
         return self.denoiser, repr(map_tensors(self.kwargs, describe)), self.target.shape[1:]
 

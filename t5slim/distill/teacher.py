@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .walk import call_encoder
+from .calls import call_encoder
 
 # Of the teacher's rows, in host memory: 0.6 MB for a prompt of 77 tokens and 4096 channels in
 # bfloat16.
@@ -38,7 +38,8 @@ class PromptTable:
         """The number of each prompt of a batch; a new prompt gets the next one.
 
         Args:
-            input_ids: (B, S) int64. attention_mask: (B, S) or None.
+            input_ids: (B, S) int64.
+            attention_mask: (B, S), or None.
         """
         ids = input_ids.to("cpu", torch.int32)
         masks = None if attention_mask is None else attention_mask.to("cpu")

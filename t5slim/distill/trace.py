@@ -11,25 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .walk import (
-    DenoiserCall,
-    Path,
-    Walk,
-    map_tensors,
-    run_pipeline,
-    tensors_in,
-    with_first_tensor,
-)
+from .calls import Path, map_tensors, tensors_in, with_first_tensor
+from .walk import DenoiserCall, Walk, run_pipeline
 
-if TYPE_CHECKING:
-    pass
-
-BASE = 16  # digits 1 to 16: integers that bfloat16 and float16 hold exactly, and none is the 0 of a padding
+# Digits 1 to 16: integers that bfloat16 and float16 hold exactly, and none is the 0 of a padding.
+BASE = 16
 
 
 class NotAGather(Exception):
@@ -119,10 +110,8 @@ def _trace_sources(pipe: Any, walk: Walk) -> list[dict[Path, Tensor]]:
 
 
 def _compare(now: Tensor, then: Tensor, teacher: Tensor, digits: int, path: Path) -> Tensor | None:
-    """Where `now`, traced, holds numbered rows; None if nowhere. Everything else must equal
-    `then`.
-    """
-    where = "/".join(map(str, path))
+    """Where `now`, traced, holds numbered rows, or None; all else must equal `then`, recorded."""
+    where = _name(path)
     if now.shape != then.shape or now.dtype != then.dtype:
         raise NotAGather(f"the shape or dtype of {where} depends on T5's output")
     if now.ndim < 2 or now.shape[-1] != teacher.shape[-1] or not now.is_floating_point():
@@ -175,9 +164,7 @@ def _trace_batch_dims(pipe: Any, walk: Walk) -> list[dict[Path, int | None]]:
                 raise NotAGather("the denoiser's arguments depend on the number of prompts")
             changed = [i for i in range(then.ndim) if now[path].shape[i] != then.shape[i]]
             if any(now[path].shape[i] != grown(then.shape[i]) for i in changed) or len(changed) > 1:
-                raise NotAGather(
-                    f"{'/'.join(map(str, path))} doesn't grow row by row with the batch"
-                )
+                raise NotAGather(f"{_name(path)} doesn't grow row by row with the batch")
             dims[path] = changed[0] if changed else None
         batch_dims.append(dims)
         target = recorded.target
@@ -208,6 +195,10 @@ def _decode(tensor: Tensor, digits: int) -> Tensor:
     valid = ((code >= 1) & (code <= BASE)).all(-1)
     valid &= (expected.view(tensor.shape) == tensor).all(-1)
     return torch.where(valid, number, -1)
+
+
+def _name(path: Path) -> str:
+    return "/".join(map(str, path))
 
 
 def _next(calls: Any, what: str) -> Any:

@@ -13,25 +13,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import DistillError
-from ..slot import TextSlot, find_text_slot
+from ..slot import find_text_slot
+from .calls import (
+    CopyOnce,
+    call_denoiser,
+    call_encoder,
+    first_tensor,
+    map_tensors,
+    with_first_tensor,
+)
 
-if TYPE_CHECKING:
-    pass
-
-# What a pipeline may call for a prediction. Wan has two experts, DeepFloyd IF and Kandinsky 3 a
-# UNet.
+# What a pipeline may call for a prediction: Wan 2.2 has two experts, Kandinsky 3 a UNet.
 DENOISERS = ("transformer", "transformer_2", "unet")
 # Set by the library for every walk.
 RESERVED_KWARGS = ("prompt", "generator", "latents", "output_type", "return_dict")
 
-Path = tuple[Any, ...]
 Encode = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
 Denoise = Callable[[str, Callable[..., Any], dict[str, Any]], Any]
 
@@ -74,9 +76,7 @@ class DenoiserCall:
 
 @dataclass(frozen=True)
 class Walk:
-    """The teacher's trajectories for a batch of prompts, with all that is needed to walk them
-    again.
-    """
+    """The teacher's trajectories for a batch of prompts, and what it takes to walk them again."""
 
     prompts: tuple[str, ...]
     pipeline_kwargs: dict[str, Any]
@@ -127,7 +127,7 @@ def capture(
     """
     slot_calls: list[SlotCall] = []
     denoiser_calls: list[DenoiserCall] = []
-    copy = _CopyOnce()
+    copy = CopyOnce()
 
     def record_encoder(
         forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
@@ -153,8 +153,8 @@ def capture(
     )  # fmt: skip
     if not denoiser_calls or not slot_calls:
         raise DistillError(
-            f"{type(pipe).__name__} made {len(slot_calls)} calls of its T5 and {len(denoiser_calls)} of "
-            f"its denoiser (one of {', '.join(DENOISERS)}); distillation needs at least one of each."
+            f"{type(pipe).__name__} called its T5 {len(slot_calls)} times and its denoiser (one of "
+            f"{', '.join(DENOISERS)}) {len(denoiser_calls)} times; distillation needs both."
         )
     return Walk(
         tuple(prompts), dict(pipeline_kwargs or {}), seed, zero_pooled,
@@ -168,9 +168,7 @@ def tokenize(
     pipeline_kwargs: Mapping[str, Any],
     encode: Encode,
 ) -> None:
-    """Run `pipe` up to its first denoiser call: `encode` sees every prompt as the pipeline
-    tokenizes it.
-    """
+    """Run `pipe` up to its first denoiser call: `encode` sees the prompts as it tokenizes them."""
 
     class Reached(Exception):
         pass
@@ -198,12 +196,17 @@ def run_pipeline(
     """Call `pipe` with `encode` in place of its T5 and `denoise` in place of its denoiser.
 
     Args:
+        pipe: this and the following as for `capture`.
+        prompts: the batch.
+        pipeline_kwargs: how to call it.
+        seed: of its generator.
         encode: `encode(forward, input_ids, attention_mask)` returns T5's rows, (B, S, D).
         denoise: `denoise(name, forward, kwargs)` returns what the denoiser would.
+        zero_pooled: `denoise` sees zeros for `pooled_projections`.
         grad: keep the autograd graph from T5's rows to the denoiser's arguments, for which the
             pipeline's call is taken from under its `torch.no_grad`.
     """
-    slot = find_text_slot(pipe)
+    encoder = teacher_of(pipe)
     check_pipeline_kwargs(pipe, pipeline_kwargs)
     kwargs: dict[str, Any] = {
         # Some pipelines take a string for the whole batch and some only a list: all take the list.
@@ -219,14 +222,16 @@ def run_pipeline(
         arguments = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         if arguments.get("output_hidden_states"):
             raise DistillError(
-                f"{type(pipe).__name__} reads T5's hidden states, not only its output: it can't be distilled."
+                f"{type(pipe).__name__} reads T5's hidden states and not only its output: no "
+                "student can be distilled for it."
             )
         rows = encode(forward, arguments["input_ids"], arguments.get("attention_mask"))
         return BaseModelOutput(last_hidden_state=rows)
 
     def denoiser_forward(name: str, module: nn.Module) -> Callable[..., Any]:
         # The class's forward: an instance's may be wrapped, by offload hooks or by us.
-        signature = inspect.signature(type(getattr(module, "_orig_mod", module)).forward)
+        cls: Any = type(getattr(module, "_orig_mod", module))
+        signature = inspect.signature(cls.forward)
 
         def named_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             arguments = _by_name(signature, args, kwargs)
@@ -236,18 +241,33 @@ def run_pipeline(
 
         return named_forward
 
-    call: Callable[..., Any] = pipe
-    if grad:
-        call = partial(undecorated_call(pipe), pipe)
+    call = partial(undecorated_call(pipe), pipe) if grad else pipe
     with ExitStack() as stack:
         stack.enter_context(_quiet(pipe))
-        stack.enter_context(_intercept(_encoder(pipe, slot), encoder_forward))
+        stack.enter_context(_intercept(encoder, encoder_forward))
         for name in DENOISERS:
             module = getattr(pipe, name, None)
             if isinstance(module, nn.Module):
                 stack.enter_context(_intercept(module, denoiser_forward(name, module)))
         generator = torch.Generator().manual_seed(seed)
         call(list(prompts), generator=generator, output_type="latent", **kwargs)
+
+
+def teacher_of(pipe: Any) -> nn.Module:
+    """The T5 in the pipeline's slot.
+
+    Raises:
+        NoT5SlotError: there is no slot.
+        DistillError: there is nothing in it.
+    """
+    slot = find_text_slot(pipe)
+    encoder = getattr(pipe, slot.name)
+    if encoder is None:
+        raise DistillError(
+            f"{type(pipe).__name__}.{slot.name} is None: there is no teacher to learn from. Load "
+            "the pipeline with its T5."
+        )
+    return encoder
 
 
 def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None:
@@ -262,8 +282,8 @@ def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None
             )
         if name not in parameters and not open_ended:
             raise DistillError(
-                f"pipeline_kwargs holds {name!r}, which {type(pipe).__name__} doesn't take. It takes: "
-                f"{', '.join(p for p in parameters if p != 'self')}."
+                f"pipeline_kwargs holds {name!r}, which {type(pipe).__name__} doesn't take. It "
+                f"takes {', '.join(p for p in parameters if p != 'self')}."
             )
 
 
@@ -272,110 +292,10 @@ def undecorated_call(pipe: Any) -> Callable[..., Any]:
     call = getattr(type(pipe).__call__, "__wrapped__", None)
     if call is None:
         raise DistillError(
-            f"{type(pipe).__name__}.__call__ isn't a function decorated with torch.no_grad, as those of "
-            "diffusers are: gradients can't be led through it."
+            f"{type(pipe).__name__}.__call__ isn't decorated with torch.no_grad, as the pipelines "
+            "of diffusers are: gradients can't be led through it."
         )
     return call
-
-
-def call_encoder(
-    forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
-) -> Tensor:
-    """T5's last hidden state, (B, S, D)."""
-    if attention_mask is None:
-        return forward(input_ids)[0]
-    return forward(input_ids, attention_mask=attention_mask)[0]
-
-
-def call_denoiser(
-    denoiser: nn.Module,
-    forward: Callable[..., Any],
-    kwargs: dict[str, Any],
-    autocast_dtype: torch.dtype | None,
-) -> Any:
-    """`forward(**kwargs)`, if asked under autocast, its answer in the denoiser's own dtype."""
-    if autocast_dtype is None:
-        return forward(**kwargs)
-    with autocast(denoiser.device, autocast_dtype):
-        output = forward(**kwargs)
-    return with_first_tensor(output, first_tensor(output).to(denoiser.dtype))
-
-
-@contextmanager
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast to `dtype` on `device`; with None, nothing.
-
-    Not `Accelerator.autocast`: accelerate fixes the precision once for a process, and a notebook
-    that trains a second time with another one would be refused.
-    """
-    if dtype is None:
-        yield
-        return
-    with ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, dtype=dtype))
-        if device.type == "cpu" and torch.is_grad_enabled():
-            # The CPU's flash attention goes backwards in bfloat16 ten times slower than in float32:
-            # half the time of an update (torch 2.13, 48 tokens).
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The prediction in what a denoiser returned: a tensor, a tuple, or diffusers' output class."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def with_first_tensor(output: Any, tensor: Tensor) -> Any:
-    """`output` with another prediction in it."""
-    if isinstance(output, Tensor):
-        return tensor
-    return (tensor, *output[1:]) if isinstance(output, tuple) else type(output)(tensor)
-
-
-def map_tensors(tree: Any, function: Callable[[Path, Tensor], Any], path: Path = ()) -> Any:
-    """Copy nested dicts, lists and tuples, with `function(path, tensor)` for each tensor in
-    them.
-    """
-    if isinstance(tree, Tensor):
-        return function(path, tree)
-    if isinstance(tree, dict):
-        return {key: map_tensors(value, function, (*path, key)) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(map_tensors(value, function, (*path, i)) for i, value in enumerate(tree))
-    return tree
-
-
-def tensors_in(tree: Any) -> dict[Path, Tensor]:
-    """Every tensor in nested dicts, lists and tuples, by its path."""
-    found: dict[Path, Tensor] = {}
-    map_tensors(tree, found.__setitem__)
-    return found
-
-
-class _CopyOnce:
-    """Clones tensors; the same one again, if nothing was written into it since, gives the same
-    clone.
-    """
-
-    def __init__(self) -> None:
-        self._clones: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        key = (id(tensor), tensor._version)
-        if key not in self._clones:
-            # The original is held, too: its id would be given to another tensor if it were freed.
-            self._clones[key] = (tensor, tensor.detach().clone())
-        return self._clones[key][1]
-
-
-def _encoder(pipe: Any, slot: TextSlot) -> nn.Module:
-    encoder = getattr(pipe, slot.name)
-    if encoder is None:
-        raise DistillError(
-            f"{type(pipe).__name__}.{slot.name} is None: there is no teacher to learn from. Load the "
-            "pipeline with its T5."
-        )
-    return encoder
 
 
 def _by_name(
@@ -393,8 +313,7 @@ def _by_name(
 def _intercept(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Let `function(forward, *args, **kwargs)` stand for the module's `forward`.
 
-    On the instance, where accelerate's offload hooks also put theirs: `forward` is then the hooked
-    one.
+    On the instance, where accelerate's offload hooks put theirs too: `forward` is the hooked one.
     """
     before = module.__dict__.get("forward")
     module.forward = partial(function, module.forward)  # type: ignore[method-assign]
@@ -408,9 +327,7 @@ def _intercept(module: nn.Module, function: Callable[..., Any]) -> Iterator[None
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """No progress bar of the pipeline's, and no word on truncated prompts for every batch of a
-    training.
-    """
+    """No progress bar of the pipeline's, and no warning of truncated prompts with every batch."""
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()
