@@ -49,12 +49,12 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shapes_world import corpus, judge, world
-from shapes_world.painting import PIPELINE, captions, paint
+from shapes_world.painting import PIPELINE, captions, paint, plain_attention
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILE = False
-STEPS = {"vae": 2400, "language-model": 2800, "clip": 200, "denoiser": 16000, "guidance": 1500}
+STEPS = {"vae": 2400, "language-model": 2800, "clip": 200, "denoiser": 11000, "guidance": 1200}
 CAPTIONS = (
     67_200  # training captions whose T5 rows and latents are computed once and kept in memory
 )
@@ -151,7 +151,9 @@ def fit(
     module.to(DEVICE).train()
     params = dict(module.named_parameters())
     state = {f"ema.{k}": p.detach().clone() for k, p in params.items()}
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        params.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     start = 0
     if path.exists():
         saved = load_file(path, device=DEVICE)
@@ -182,7 +184,9 @@ def fit(
         os.replace(path.with_suffix(".tmp"), path)
 
     if COMPILE:
-        module.compile()  # about a quarter less time a step; needs a C++ compiler
+        # A quarter less time a step; needs a C++ compiler. Without the pattern matcher, which would
+        # put the fused attention back that `main` avoids on CPUs.
+        module.compile(options={"pattern_matcher": False})
     began, recent = time.time(), []
     for step in tqdm(
         range(start, steps), name, initial=start, total=steps, mininterval=5, dynamic_ncols=True
@@ -572,9 +576,7 @@ def main() -> None:
     data |= encode_texts(args.work, teacher, data["ids"])
     denoiser = make_denoiser().to(DEVICE)
     if DEVICE == "cpu":
-        # On CPUs the fused attention's backward pass took 40% of a whole step (64 short rows);
-        # plain products 5%.
-        denoiser.set_attention_backend("_native_math")
+        plain_attention(denoiser)
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = FluxPipeline(scheduler, vae, clip, tokenizer, teacher, tokenizer, denoiser)
     train_denoiser(args.work, args.denoiser_steps, pipe, data)
