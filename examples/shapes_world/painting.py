@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.utils import logging
+from diffusers import FluxPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
@@ -31,20 +30,7 @@ CALL = {
 def load_pipeline(folder: Path = PIPELINE) -> FluxPipeline:
     """The trained pipeline, in float32, on a GPU if there is one."""
     pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    if torch.cuda.is_available():
-        return pipe.to("cuda")
-    plain_attention(pipe.transformer)
-    return pipe
-
-
-def plain_attention(denoiser: FluxTransformer2DModel) -> None:
-    """Attention as plain products: with rows as short as these, the backward pass of the fused
-    kernel was 43% of a training step on CPUs."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it says that choosing is experimental
-    denoiser.set_attention_backend("_native_math")
-    logging.set_verbosity(verbosity)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # speaks for CPUs, too
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def captions(
