@@ -32,13 +32,19 @@ def student_config(student: Student, **access: Any) -> SlimT5Config:
     """
     if isinstance(student, SlimT5Encoder):
         return student.config
+    how = "To make one of a T5, see t5slim.SlimT5Encoder.from_t5 and t5slim.distill.train."
     if not isinstance(student, (str, os.PathLike)):
         raise IncompatibleStudentError(
             "a student is a SlimT5Encoder, or the folder or Hub id of one; got "
-            f"{type(student).__name__}. To make a student of a T5, see "
-            "t5slim.SlimT5Encoder.from_t5 and t5slim.distill.train."
+            f"{type(student).__name__}. {how}"
         )
-    return SlimT5Config.from_dict(_read_config(Source(os.fspath(student), **access))[1])
+    source = Source(os.fspath(student), **access)
+    values = _read_config(source)[1]
+    if not {"project_in_dim", "project_out_dim", "out_dim"} & values.keys():
+        raise IncompatibleStudentError(
+            f"{source} isn't a student: its config.json has no project_out_dim. {how}"
+        )
+    return SlimT5Config.from_dict(values)
 
 
 def published_student(cls: type, width: int | None = None) -> str:

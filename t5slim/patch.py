@@ -13,17 +13,16 @@ from transformers import PreTrainedModel
 from .compatibility import Student, check_compatible, published_student, student_config
 from .encoder import SlimT5Encoder
 from .errors import AlreadyPatchedError, PatchError
+from .loading import load_without_t5
 from .slot import (
     TextSlot,
+    check_device_map,
     denoiser_text_width,
     fill_slot,
     find_text_slot,
     offload_paused,
     restore_slot,
 )
-
-# Arguments of `from_pretrained` that hold for the student as well as for the pipeline.
-_HUB_ACCESS = ("cache_dir", "force_download", "local_files_only", "token")
 
 PipelineT = TypeVar("PipelineT")
 
@@ -133,7 +132,10 @@ def patch_pipeline(
             f"keep_teacher=True: patch_pipeline({pipe.__name__}, ...) loads no T5 that could be "
             f"kept. Patch a pipeline, as {pipe.__name__}.from_pretrained returns it."
         )
-    return _load_patched(pipe, source, student, kwargs)
+    loaded, student, dtype = load_without_t5(pipe, source, student, kwargs)
+    _patch(loaded, student, dtype=dtype)
+    loaded._t5slim_patch = replace(loaded._t5slim_patch, reversible=False)
+    return loaded
 
 
 def unpatch_pipeline(pipe: PipelineT, teacher: PreTrainedModel | None = None) -> PipelineT:
@@ -158,10 +160,10 @@ def unpatch_pipeline(pipe: PipelineT, teacher: PreTrainedModel | None = None) ->
             f"there is nothing to undo: {slot.name} of this {type(pipe).__name__} holds "
             f"{_describe(student)}, and no student."
         )
-    _check_device_map(getattr(pipe, "hf_device_map", None))
+    check_device_map(getattr(pipe, "hf_device_map", None))
     patch = getattr(pipe, "_t5slim_patch", None)
     if patch is None or patch.student is not student:  # patched by another process
-        patch = _Patch(student, None, None, reversible=False, reload=_reload(pipe, slot, None))
+        patch = _Patch(student, None, None, reversible=False, reload=_reload(slot, None, None))
     entry = None
     if teacher is None:
         if not patch.reversible:
@@ -196,7 +198,7 @@ def _patch(
             f"{_describe(teacher)}. Call t5slim.unpatch_pipeline(pipe) first; or, to put another "
             f"student in its place without its T5, pipe.register_modules({slot.name}=None)."
         )
-    _check_device_map(getattr(pipe, "hf_device_map", None))
+    check_device_map(getattr(pipe, "hf_device_map", None))
     if student is None:
         student = published_student(type(pipe), denoiser_text_width(pipe))
     check_compatible(student_config(student), pipe)
@@ -204,12 +206,14 @@ def _patch(
     if not isinstance(student, SlimT5Encoder):
         student = SlimT5Encoder.from_pretrained(student, dtype=dtype)
 
+    home = os.fspath(pipe.name_or_path or "")
     patch = _Patch(
         student=student,
         teacher=teacher if keep_teacher else None,
         entry=pipe.config[slot.name],
         reversible=keep_teacher or teacher is None,
-        reload=_reload(pipe, slot, teacher),
+        # A pipeline that brought its own student has no T5 to load again.
+        reload=_reload(slot, teacher, None if student.name_or_path == home else home),
     )
     with offload_paused(pipe):
         _cast(student, dtype)
@@ -226,46 +230,6 @@ def _patch(
     return pipe
 
 
-def _load_patched(
-    cls: Any, source: str | os.PathLike[str], student: Student | None, kwargs: dict[str, Any]
-) -> Any:
-    import diffusers
-
-    _let_diffusers_download_students()
-    _check_device_map(kwargs.get("device_map"))
-    access = {key: kwargs[key] for key in _HUB_ACCESS if key in kwargs}
-    revision = kwargs.get("revision")
-    index = cls.load_config(source, revision=revision, **access)
-    concrete = cls
-    if cls is diffusers.DiffusionPipeline or not issubclass(cls, diffusers.DiffusionPipeline):
-        concrete = getattr(diffusers, str(index["_class_name"]), cls)  # also of an AutoPipeline
-    slot = find_text_slot(concrete)
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32
-    if isinstance(dtype, dict):
-        dtype = dtype.get(slot.name, dtype.get("default", torch.float32))
-
-    if student is None and index.get(slot.name, [None])[0] == SlimT5Encoder.__module__:
-        student = source
-        access |= {"subfolder": slot.name, "revision": revision}
-    elif student is None:
-        student = published_student(concrete)
-    student_config(student, **access)
-    if not isinstance(student, SlimT5Encoder):
-        student = SlimT5Encoder.from_pretrained(student, dtype=dtype, **access)
-    pipe = _patch(cls.from_pretrained(source, **{slot.name: None}, **kwargs), student, dtype=dtype)
-    pipe._t5slim_patch = replace(pipe._t5slim_patch, reversible=False)
-    return pipe
-
-
-def _check_device_map(device_map: Any) -> None:
-    if device_map == "balanced" or (isinstance(device_map, dict) and len(device_map) > 1):
-        raise PatchError(
-            f"device_map={device_map!r} spreads the pipeline over devices, and its T5 can't be "
-            "replaced in that state. Load it without device_map, or call pipe.reset_device_map(); "
-            "patch it; then use pipe.to(...) or pipe.enable_model_cpu_offload()."
-        )
-
-
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast as `from_pretrained(dtype=dtype)` does: under float16, T5's `wo` stays in float32.
 
@@ -277,11 +241,12 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32 if keep else dtype)
 
 
-def _reload(pipe: Any, slot: TextSlot, teacher: PreTrainedModel | None) -> str:
-    name = getattr(teacher, "name_or_path", None)
+def _reload(slot: TextSlot, teacher: PreTrainedModel | None, home: str | None) -> str:
+    """An expression that loads the T5 of the pipeline from `home`."""
+    name = getattr(teacher, "name_or_path", "")
     where = repr(name)
     if not name or os.path.basename(name) == slot.name:  # it came with the pipeline
-        where = f"{str(pipe.name_or_path or '<folder or Hub id>')!r}, subfolder={slot.name!r}"
+        where = f"{home or '<folder or Hub id>'!r}, subfolder={slot.name!r}"
     dtype = "" if teacher is None else f", dtype={teacher.dtype}"
     return f"transformers.AutoModelForTextEncoding.from_pretrained({where}{dtype})"
 
@@ -290,18 +255,3 @@ def _describe(module: Any) -> str:
     name = getattr(module, "name_or_path", None)
     kind = "None" if module is None else type(module).__name__
     return f"{kind} ({name})" if name else kind
-
-
-def _let_diffusers_download_students() -> None:
-    """Make diffusers accept our module name in the model_index.json of a Hub repository.
-
-    Its check before a download knows only the libraries of this private table. Where the table is
-    gone, that check probably is, too; if not, it names the component that it refuses.
-    """
-    try:
-        from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-    except ImportError:
-        return
-    LOADABLE_CLASSES.setdefault(
-        SlimT5Encoder.__module__, {"PreTrainedModel": ["save_pretrained", "from_pretrained"]}
-    )

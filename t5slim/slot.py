@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import NoT5SlotError
+from .errors import NoT5SlotError, PatchError
 
 _COMPONENT = re.compile(r"text_encoder(_\d+)?")
 _T5_CLASS = re.compile(r"\b(UM|M)?T5EncoderModel\b")
@@ -63,8 +63,11 @@ def find_text_slot(pipe: Any) -> TextSlot:
     Raises:
         NoT5SlotError: no component is a T5 or, where it is None, is declared as one. The message
             says which encoders the pipeline has.
+        TypeError: `pipe` isn't a pipeline, or a modular one.
     """
     cls = pipe if isinstance(pipe, type) else type(pipe)
+    if pipe is not cls and not hasattr(pipe, "register_modules"):
+        raise TypeError(f"expected a diffusers pipeline, or a class of them; got {pipe!r}.")
     encoders = {}
     for name, parameter in inspect.signature(cls).parameters.items():
         if not _COMPONENT.fullmatch(name):
@@ -137,6 +140,20 @@ def restore_slot(pipe: Any, slot: TextSlot, host: nn.Module | None, entry: Any =
         registry = part.__dict__.pop("_diffusers_hook", None)
         for name in list(registry.hooks) if registry is not None else ():
             registry.remove_hook(name, recurse=False)
+
+
+def check_device_map(device_map: Any) -> None:
+    """Refuse a pipeline that `device_map` spreads over devices: diffusers can't move its parts.
+
+    Raises:
+        PatchError: It is "balanced", or says of more than one component where it is.
+    """
+    if device_map == "balanced" or (isinstance(device_map, dict) and len(device_map) > 1):
+        raise PatchError(
+            f"device_map={device_map!r} spreads the pipeline over devices, and its T5 can't be "
+            "replaced in that state. Load it without device_map, or call pipe.reset_device_map(); "
+            "patch it; then use pipe.to(...) or pipe.enable_model_cpu_offload()."
+        )
 
 
 @contextmanager

@@ -190,6 +190,11 @@ def test_another_pipeline_of_the_same_components_keeps_its_teacher():
     patch_pipeline(pipe, tiny_student(pipe))
     assert isinstance(other.text_encoder_2, transformers.T5EncoderModel)
 
+    patched = FluxImg2ImgPipeline.from_pipe(pipe)
+    assert patched.text_encoder_2 is pipe.text_encoder_2
+    with pytest.raises(PatchError, match="wasn't kept"):
+        unpatch_pipeline(patched)
+
 
 def test_dtype(tmp_path):
     """As the teacher's. Under float16 `wo` stays in float32, wherever the student comes from."""
@@ -286,6 +291,12 @@ def with_unknown_key(folder: Path) -> Path:
     return folder
 
 
+def plain_t5(folder: Path) -> Path:
+    """Refused by its config, too: of a T5-XXL, the weights may be 40 GB."""
+    t5_encoder().config.save_pretrained(folder)
+    return folder
+
+
 def of_another_width_and_without_weights(folder: Path) -> Path:
     """Its config is enough to refuse it."""
     student_for(tiny_flux(), project_out_dim=48).save_pretrained(folder)
@@ -301,6 +312,7 @@ REFUSED = {
     "vocabulary": (lambda _: student_for(tiny_flux(), vocab_size=1000), MISFIT, WORDS),
     "width, from its config": (of_another_width_and_without_weights, MISFIT, WIDTH),
     "a T5": (lambda _: t5_encoder(), MISFIT, "got T5EncoderModel.*from_t5"),
+    "a folder of a T5": (plain_t5, MISFIT, "isn't a student: its config"),
     "a number": (lambda _: 5, MISFIT, "got int"),
     "none published": (lambda _: None, MISFIT, "FluxPipeline, whose .* width 32"),
     "truncated": (truncated, CheckpointError, "isn't a whole safetensors file"),
@@ -443,6 +455,8 @@ def test_the_line_that_reloads_a_teacher_from_elsewhere(flux_folder, tmp_path):
 
 def test_wrong_arguments(flux_folder):
     student = tiny_student(tiny_flux())
+    with pytest.raises(TypeError, match=r"expected a diffusers pipeline.*got 'me/flux'"):
+        patch_pipeline("me/flux")
     with pytest.raises(TypeError, match="two students"):
         patch_pipeline(tiny_flux(), student, student=student)
     with pytest.raises(TypeError, match="doesn't take torch_dtype"):
