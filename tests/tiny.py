@@ -289,7 +289,9 @@ _CALL_KWARGS: dict[str, dict[str, Any]] = {
 
 def call_kwargs(pipe: DiffusionPipeline, steps: int = 3) -> dict[str, Any]:
     """Arguments of a small fast call of `pipe`, beside prompt, generator and output_type."""
-    return {**_CALL_KWARGS[type(pipe).__name__], "num_inference_steps": steps}
+    names = [cls.__name__ for cls in type(pipe).__mro__]
+    known = next(name for name in names if name in _CALL_KWARGS)
+    return {**_CALL_KWARGS[known], "num_inference_steps": steps}
 
 
 def tiny_student(
