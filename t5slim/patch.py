@@ -213,7 +213,7 @@ def _patch(
         entry=pipe.config[slot.name],
         reversible=keep_teacher or teacher is None,
         # A pipeline that brought its own student has no T5 to load again.
-        reload=_reload(slot, teacher, None if student.name_or_path == home else home),
+        reload=_reload(slot, teacher, None if student.config.name_or_path == home else home),
     )
     with offload_paused(pipe):
         _cast(student, dtype)
@@ -243,7 +243,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _reload(slot: TextSlot, teacher: PreTrainedModel | None, home: str | None) -> str:
     """An expression that loads the T5 of the pipeline from `home`."""
-    name = getattr(teacher, "name_or_path", "")
+    name = "" if teacher is None else teacher.config.name_or_path
     where = repr(name)
     if not name or os.path.basename(name) == slot.name:  # it came with the pipeline
         where = f"{home or '<folder or Hub id>'!r}, subfolder={slot.name!r}"
@@ -252,6 +252,7 @@ def _reload(slot: TextSlot, teacher: PreTrainedModel | None, home: str | None) -
 
 
 def _describe(module: Any) -> str:
-    name = getattr(module, "name_or_path", None)
-    kind = "None" if module is None else type(module).__name__
-    return f"{kind} ({name})" if name else kind
+    if module is None:
+        return "None"
+    name = module.config.name_or_path
+    return type(module).__name__ + (f" ({name})" if name else "")
