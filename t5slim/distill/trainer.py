@@ -228,8 +228,10 @@ class _Run:
                 recent = self._losses[-100:] or [result.loss]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.3g}", gap=gap, refresh=False)
                 bar.update()
-        # `accelerate launch --mixed_precision` wraps the student's forward.
+        # `accelerate launch --mixed_precision` wraps the student's forward, and unwrapping would
+        # leave its bound method on the instance, which a copy of the student would share.
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        vars(self._student).pop("forward", None)
 
     def finish(self) -> DistillResult:
         """Give the student its averaged weights, and write what remains to be written."""
