@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
@@ -36,7 +35,8 @@ from .checks import (
 from .config import DistillConfig
 from .examples import EmbeddingExamples, VelocityExamples
 from .metrics import VelocityGap
-from .walk import DENOISERS, check_pipeline_kwargs
+from .states import cpu_attention, frozen, master_weights
+from .walk import check_pipeline_kwargs
 
 
 @dataclass
@@ -126,8 +126,8 @@ def train(
     accelerator = Accelerator()
     device = torch.device(pipe._execution_device)
     with ExitStack() as stack:
-        stack.enter_context(_frozen(pipe, config.gradient_checkpointing))
-        stack.enter_context(_master_weights(student, device))
+        stack.enter_context(frozen(pipe, config.gradient_checkpointing))
+        stack.enter_context(master_weights(student, device))
         # Dropout draws from the global generators: seeded here, and given back as they were.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(config.seed + accelerator.process_index)
@@ -195,7 +195,7 @@ class _Run:
             # Set here, not by a scheduler: accelerate steps a prepared one num_processes times.
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(result.steps, result.seconds)
-            with _attention(device, dtype):
+            with cpu_attention(device, dtype):
                 loss = examples.loss(encode).mean()
                 accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
@@ -322,61 +322,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # run from a source tree
         return None
-
-
-def _attention(
-    device: torch.device, autocast_dtype: torch.dtype | None
-) -> AbstractContextManager[Any]:
-    """On the CPU, flash attention goes backwards in bfloat16 ten times slower than in float32.
-
-    That is half the time of an update (torch 2.13, 48 tokens), so plain attention is used. Also for
-    the backward pass, in which gradient checkpointing calls it again.
-    """
-    if device.type == "cpu" and autocast_dtype is not None:
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
-
-
-@contextmanager
-def _frozen(pipe: Any, gradient_checkpointing: bool) -> Iterator[None]:
-    """Nothing in the pipeline gets a gradient or drops out; afterwards it is set as it was."""
-    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-    grads = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    denoisers = [getattr(pipe, name, None) for name in DENOISERS] if gradient_checkpointing else []
-    switched = [d for d in denoisers if d is not None and not d.is_gradient_checkpointing]
-    for parameter, _ in grads:
-        parameter.requires_grad_(False)
-    for part, _ in modes:
-        part.training = False
-    for denoiser in switched:
-        denoiser.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        for denoiser in switched:
-            denoiser.disable_gradient_checkpointing()
-        for part, mode in modes:
-            part.training = mode
-        for parameter, grad in grads:
-            parameter.requires_grad_(grad)
-
-
-@contextmanager
-def _master_weights(student: nn.Module, device: torch.device) -> Iterator[None]:
-    """The student in float32 on `device`; afterwards each weight in its dtype again, in eval mode.
-
-    Updates of 1e-4 of a weight are lost in bfloat16's 8 bits.
-    """
-    student.to(device)
-    # Parameter by parameter, as a student in float16 keeps its `wo` in float32.
-    dtypes = [(parameter, parameter.dtype) for parameter in student.parameters()]
-    for parameter, _ in dtypes:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in dtypes:
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
-        student.eval()
