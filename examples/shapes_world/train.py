@@ -381,6 +381,7 @@ def train_denoiser(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> No
     """Rectified flow: v = noise - latents at x_t = (1 - t) latents + t noise, with t logit-normal
     (as SD3 and FLUX)."""
     denoiser = pipe.transformer
+    whiten(denoiser.context_embedder, data["rows"][:4000].float().flatten(0, 1))
     empty = encode_prompts(pipe, [""])
 
     def loss_of_step(step: int) -> Tensor:
@@ -405,6 +406,26 @@ def train_denoiser(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> No
         0.999,
         look=lambda _: paint_and_judge(pipe, 1.0),
     )
+
+
+def whiten(embedder: nn.Linear, rows: Tensor) -> None:
+    """Starts the denoiser's first text layer as a whitening of T5's rows.
+
+    A language model's rows are mostly alike: of the energy of a letter's row, 99.7% was the mean of
+    all letters' rows, and what tells letters and their places apart was in the rest. From an
+    ordinary start, the denoiser had not found it after 10,000 steps (18% of the letters right).
+    """
+    width = embedder.out_features
+    mean, (variances, directions) = rows.mean(0), torch.linalg.eigh(torch.cov(rows.T))
+    variances, directions = variances[-width:], directions[:, -width:]
+    rotation = torch.linalg.qr(
+        torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    )[0]
+    # The floor keeps directions of almost no variance from being blown up to the size of the others.
+    weight = rotation @ ((variances + 0.01).rsqrt()[:, None] * directions.T)
+    with torch.no_grad():
+        embedder.weight.copy_(weight)
+        embedder.bias.copy_(-weight @ mean)
 
 
 def distil_guidance(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> None:
