@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -260,13 +261,28 @@ def expected_tensors(model_class: type[nn.Module], config: Any) -> dict[str, tor
         return {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
 
 
+def move_into(folder: Path, saved: Path, variant: str | None) -> None:
+    """Move a finished save to where it belongs, each file in one step."""
+    names = sorted(os.listdir(saved), reverse=True)  # model.safetensors, and then config.json
+    for name in names:
+        os.replace(saved / name, folder / name)
+    # Weights that an earlier save spread over another number of files would be read instead.
+    patterns = weight_patterns(variant)
+    if any(fnmatch(name, pattern) for name in names for pattern in patterns):
+        for stale in {path for pattern in patterns for path in folder.glob(pattern)}:
+            if stale.name not in names:
+                stale.unlink()
+
+
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Silence transformers' bars, which would announce a student's fraction of a second."""
-    previous = transformers_logging.set_tqdm_hook(
-        lambda _factory, args, kwargs: tqdm(*args, **kwargs | {"disable": True})
-    )
+    set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
+    if set_hook is None:  # transformers 4, which shows none for a single file
+        yield
+        return
+    previous = set_hook(lambda _factory, args, kwargs: tqdm(*args, **kwargs | {"disable": True}))
     try:
         yield
     finally:
-        transformers_logging.set_tqdm_hook(previous)
+        set_hook(previous)

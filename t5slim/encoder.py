@@ -7,7 +7,6 @@ arXiv 2503.19897). diffusers records a component's class by module and name, so 
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import tempfile
 from collections.abc import Sequence
@@ -22,54 +21,17 @@ from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks f
 from transformers.modeling_outputs import BaseModelOutput
 
 from . import checkpoint, model_card
+from .adapter import ProjectionAdapter
 from .config import SlimT5Config
 from .errors import CheckpointError, ConfigError
-
-
-class ProjectionAdapter(nn.Sequential):
-    """The MLP after the student's encoder: Linear, ReLU, Dropout(0.1), Linear, without biases.
-
-    Maps (B, T, d) to (B, T, D), in the dtype of its weights. A Sequential, because the published
-    files name them `final_projection.0.weight`, (D, d), and `final_projection.3.weight`, (D, D).
-
-    Source: Wang et al., section 3.
-
-    Args:
-        in_dim: Width d of the encoder.
-        out_dim: Width D that the denoiser expects.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__(
-            nn.Linear(in_dim, out_dim, bias=False),
-            nn.ReLU(),
-            nn.Dropout(0.1),
-            nn.Linear(out_dim, out_dim, bias=False),
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw fresh weights that keep the root mean square of the rows.
-
-        ReLU halves the mean square, which a variance of 2/d in the first layer makes up for (He et
-        al. 2015); 1/D in the second layer then neither adds nor takes. So training starts at the
-        scale of a T5's output, whatever d and D are. PyTorch's defaults would quarter it.
-        """
-        out_dim, in_dim = self.get_parameter("0.weight").shape
-        nn.init.normal_(self.get_parameter("0.weight"), std=(2 / in_dim) ** 0.5)
-        nn.init.normal_(self.get_parameter("3.weight"), std=out_dim**-0.5)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        """A layer. A slice, as diffusers' group offload takes, is a plain Sequential."""
-        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
 
 
 class SlimT5Encoder(T5PreTrainedModel):
     """A T5 encoder with a projection: what stands in for T5-XXL in a diffusers pipeline.
 
     `output.last_hidden_state`, also `output[0]`, is (B, T, project_out_dim). The student is an
-    ordinary model of transformers: gradient checkpointing, SDPA, quantization and `device_map` work
-    as in T5EncoderModel.
+    ordinary model of transformers: gradient checkpointing, SDPA and `device_map` work as in
+    T5EncoderModel.
 
     Loaded in float16, the `wo` layers stay in float32, since T5's activations behind them exceed
     float16's range; `dtype` and the output are float16. `.to(torch.float16)` after loading casts
@@ -204,7 +166,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             expected,
             hint="For a plain T5 without projection, use SlimT5Encoder.from_t5.",
         )
-        kwargs["use_safetensors"] = True
+        _complete(kwargs)
         with checkpoint.no_progress_bars():
             # From here on everything is local: nothing is asked of the network twice.
             model: SlimT5Encoder = super().from_pretrained(
@@ -280,7 +242,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             checkpoint.expected_tensors(T5EncoderModel, config),
             ignore=("decoder.", "lm_head."),
         )
-        kwargs["use_safetensors"] = True
+        _complete(kwargs)
         with checkpoint.no_progress_bars():
             encoder = T5EncoderModel.from_pretrained(
                 config_file.parent, config=config, variant=variant, **kwargs
@@ -320,15 +282,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as temporary:
             with checkpoint.no_progress_bars():
                 super().save_pretrained(temporary, variant=variant, **kwargs)
-            written = sorted(os.listdir(temporary), reverse=True)  # weights first, then config.json
-            for name in written:
-                os.replace(Path(temporary, name), folder / name)
-        # Weights of an earlier save in another number of files would be read instead of these.
-        weights = checkpoint.weight_patterns(variant)
-        if any(fnmatch.fnmatch(name, pattern) for name in written for pattern in weights):
-            for stale in {path for pattern in weights for path in folder.glob(pattern)}:
-                if stale.name not in written:
-                    stale.unlink()
+            checkpoint.move_into(folder, Path(temporary), variant)
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, token=kwargs.get("token"))
 
@@ -385,6 +339,13 @@ def _read_config(source: checkpoint.Source) -> tuple[Path, dict[str, Any]]:
     if file is None:
         raise CheckpointError(f"{source} holds no config.json: it isn't a checkpoint of a student.")
     return file, checkpoint.read_json(file)
+
+
+def _complete(kwargs: dict[str, Any]) -> None:
+    """Set what is ours to say of the arguments for transformers' `from_pretrained`."""
+    kwargs["use_safetensors"] = True
+    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+        kwargs["dtype"] = "auto"  # the default since transformers 5
 
 
 # What makes `import t5slim` enough for AutoModel.from_pretrained to give a student.
