@@ -77,6 +77,18 @@ class Source:
                 return None
         return Path(downloaded)
 
+    def read_config(self) -> tuple[Path, dict[str, Any]]:
+        """The path of config.json, and what it holds.
+
+        Raises:
+            CheckpointError: There is none.
+            ConfigError: It isn't a JSON object.
+            HubAccessError: See `find`.
+        """
+        if (file := self.find("config.json")) is None:
+            raise CheckpointError(f"{self} holds no config.json: it isn't a student.")
+        return file, read_json(file)
+
     def find_weights(self, variant: str | None = None) -> list[Path]:
         """The safetensors file, or its shards.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .checkpoint import Source
 from .config import SlimT5Config
-from .encoder import SlimT5Encoder, _read_config
+from .encoder import SlimT5Encoder
 from .errors import IncompatibleStudentError
 from .slot import denoiser_text_width, find_text_slot
 
@@ -39,7 +39,7 @@ def student_config(student: Student, **access: Any) -> SlimT5Config:
             f"{type(student).__name__}. {how}"
         )
     source = Source(os.fspath(student), **access)
-    values = _read_config(source)[1]
+    values = source.read_config()[1]
     if not {"project_in_dim", "project_out_dim", "out_dim"} & values.keys():
         raise IncompatibleStudentError(
             f"{source} isn't a student: its config.json has no project_out_dim. {how}"

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from . import checkpoint, model_card
 from .adapter import ProjectionAdapter
 from .config import SlimT5Config
-from .errors import CheckpointError, ConfigError
+from .errors import ConfigError
 
 
 class SlimT5Encoder(T5PreTrainedModel):
@@ -159,7 +159,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        config_file, values = _read_config(source)
+        config_file, values = source.read_config()
         expected = checkpoint.expected_tensors(cls, config or SlimT5Config.from_dict(values))
         checkpoint.check_tensors(
             source.pinned_by(config_file).find_weights(variant),
@@ -223,7 +223,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        config_file, values = _read_config(source)
+        config_file, values = source.read_config()
         model_type = values.pop("model_type", None)
         if model_type not in ("t5", "mt5"):
             raise ConfigError(f"{source}: expected a T5 or mT5, got model_type {model_type!r}.")
@@ -332,13 +332,6 @@ class SlimT5Encoder(T5PreTrainedModel):
                 revision=revision,
                 create_pr=create_pr,
             )
-
-
-def _read_config(source: checkpoint.Source) -> tuple[Path, dict[str, Any]]:
-    file = source.find("config.json")
-    if file is None:
-        raise CheckpointError(f"{source} holds no config.json: it isn't a checkpoint of a student.")
-    return file, checkpoint.read_json(file)
 
 
 def _complete(kwargs: dict[str, Any]) -> None:
