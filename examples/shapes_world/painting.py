@@ -29,7 +29,7 @@ CALL = {
 
 def load_pipeline(folder: Path = PIPELINE) -> FluxPipeline:
     """The trained pipeline, in float32, on a GPU if there is one."""
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

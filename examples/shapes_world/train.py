@@ -421,7 +421,7 @@ def whiten(embedder: nn.Linear, rows: Tensor) -> None:
     rotation = torch.linalg.qr(
         torch.randn(width, width, generator=torch.Generator().manual_seed(0))
     )[0]
-    # The floor keeps directions of almost no variance from being blown up to the size of the others.
+    # The floor keeps directions of almost no variance from being blown up.
     weight = rotation @ ((variances + 0.01).rsqrt()[:, None] * directions.T)
     with torch.no_grad():
         embedder.weight.copy_(weight)
