@@ -76,15 +76,6 @@ def caption_text(rng: random.Random) -> str:
     return ". ".join((caption, other) if rng.random() < 0.5 else (other, caption))
 
 
-def salient_words() -> list[str]:
-    """The words by which one picture differs from another."""
-    shapes = [form for shape in world.SHAPES for form in (shape, world.plural(shape))]
-    places = ["left", "right", "above", "below", "over", "under", "top", "bottom", "middle"]
-    counts = ["two", "three", "four", "first", "second", "third", "fourth", "small", "large"]
-    named = [*world.COLORS, *world.BACKGROUNDS, *world.STYLES, *world.LETTERS]
-    return [*named, *shapes, *places, *counts]
-
-
 def train_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
     """A word-piece tokenizer with T5's special tokens; each capital letter is a token, so that
     words can be spelled."""
