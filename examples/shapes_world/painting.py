@@ -22,7 +22,6 @@ CALL = {
     "height": world.SIDE,
     "width": world.SIDE,
     "num_inference_steps": 20,
-    "guidance_scale": 3.0,
     "max_sequence_length": world.MAX_TOKENS,
 }
 
@@ -48,7 +47,7 @@ def captions(
 
 
 def paint(
-    pipe: FluxPipeline, texts: Sequence[str], *, seed: int = 0, batch_size: int = 50, **call: object
+    pipe: FluxPipeline, texts: Sequence[str], *, seed: int = 0, batch_size: int = 50
 ) -> list[np.ndarray]:
     """A (64, 64, 3) uint8 picture of each caption; the noise depends on `seed` and the place in the
     list alone."""
@@ -60,7 +59,7 @@ def paint(
             torch.Generator("cpu").manual_seed(seed * 1_000_003 + start + i)
             for i in range(len(batch))
         ]
-        images = pipe(batch, generator=generators, output_type="np", **(CALL | call)).images
+        images = pipe(batch, generator=generators, output_type="np", **CALL).images
         pictures += list((images * 255).round().astype(np.uint8))
     return pictures
 

@@ -1,14 +1,15 @@
 """Trains the miniature world's FluxPipeline from nothing, in the order in which FLUX's parts came
 to be.
 
-    python examples/shapes_world/train.py                # everything; continues where it stopped
-    python examples/shapes_world/train.py --stage pictures  # 1 and 3; beside it, in a second shell:
-    python examples/shapes_world/train.py --stage language-model
+    python examples/shapes_world/train.py --compile    # everything; continues where it stopped
 
-1. `vae`: an autoencoder of pictures. 2. `language-model`: the teacher T5 learns to fill in masked
-words; it never sees a picture, and is frozen from then on. 3. `clip`: the pooled vector's encoder,
-contrastively. 4. `denoiser`: rectified flow on latents, conditioned on the frozen T5. 5.
-`guidance`: guidance distillation, as FLUX.1-dev had it. 6. `export`.
+    # or its first half twice as fast, in two shells
+    python examples/shapes_world/train.py --compile --threads 1 --stage pictures
+    python examples/shapes_world/train.py --compile --threads 1 --stage language-model
+
+An autoencoder of pictures. The teacher T5, which learns language, never sees a picture, and is
+frozen from then on. The pooled vector's encoder, contrastively, as CLIP. The denoiser: rectified
+flow on latents, conditioned on what the frozen T5 says. As FLUX.1-schnell, it takes no guidance.
 
 Every stage is a function of its step numbers alone (data and noise are seeded by them), so a stage
 that was stopped continues as if it had not been.
@@ -17,7 +18,6 @@ that was stopped continues as if it had not been.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -55,7 +55,7 @@ from shapes_world.painting import PIPELINE, captions, paint
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILE = False
-STEPS = {"vae": 2400, "language-model": 2800, "clip": 200, "denoiser": 11000, "guidance": 1200}
+STEPS = {"vae": 2400, "language-model": 3000, "clip": 200, "denoiser": 17000}
 CAPTIONS = (
     67_200  # training captions whose T5 rows and latents are computed once and kept in memory
 )
@@ -126,7 +126,6 @@ def make_denoiser() -> FluxTransformer2DModel:
         num_attention_heads=6,
         joint_attention_dim=256,
         pooled_projection_dim=32,
-        guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )
 
@@ -391,14 +390,12 @@ def train_denoiser(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> No
 
     def loss_of_step(step: int) -> Tensor:
         x, noise, t, rows, pooled = noisy_batch(pipe, data, 64)
-        # Without a caption one time in ten, so that guidance has something to guide away from;
+        # Without a caption one time in ten, so that the empty prompt means something;
         # without the pooled vector more often, as SD3 trains its text encoders, so that T5 must be
         # read.
         rows = torch.where(torch.rand(64, 1, 1, device=DEVICE) < 0.1, empty[0].to(rows), rows)
         pooled = pooled * (torch.rand(64, 1, device=DEVICE) > 0.3)
-        velocity = denoise(
-            denoiser, torch.lerp(x, noise, t[:, None, None]), t, rows, pooled, torch.ones_like(t)
-        )
+        velocity = denoise(denoiser, torch.lerp(x, noise, t[:, None, None]), t, rows, pooled)
         return (velocity - (noise - x)).square().mean()
 
     fit(
@@ -409,7 +406,7 @@ def train_denoiser(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> No
         steps,
         1e-3,
         0.999,
-        look=lambda _: paint_and_judge(pipe, 1.0),
+        look=lambda _: paint_and_judge(pipe),
     )
 
 
@@ -430,43 +427,6 @@ def whiten(embedder: nn.Linear, rows: Tensor) -> None:
     with torch.no_grad():
         embedder.weight.copy_(weight)
         embedder.bias.copy_(-weight @ mean)
-
-
-def distil_guidance(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> None:
-    """Teaches the denoiser what classifier-free guidance of its own would predict, by its guidance
-    embedding."""
-    denoiser, unguided = pipe.transformer, copy.deepcopy(pipe.transformer).requires_grad_(False)
-    empty_rows, empty_pooled = encode_prompts(pipe, [""])
-
-    def loss_of_step(step: int) -> Tensor:
-        x, noise, t, rows, pooled = noisy_batch(pipe, data, 64)
-        pooled = pooled * (torch.rand(64, 1, device=DEVICE) > 0.3)
-        x_t, guidance = torch.lerp(x, noise, t[:, None, None]), 1 + 4 * torch.rand_like(t)
-        with torch.no_grad():
-            ones = torch.ones_like(t)
-            with_text = denoise(unguided, x_t, t, rows, pooled, ones)
-            without = denoise(
-                unguided,
-                x_t,
-                t,
-                empty_rows.to(rows).expand_as(rows),
-                empty_pooled.expand_as(pooled),
-                ones,
-            )
-        target = without + guidance[:, None, None] * (with_text - without)
-        return (denoise(denoiser, x_t, t, rows, pooled, guidance) - target).square().mean()
-
-    denoiser.requires_grad_(True)
-    fit(
-        "guidance",
-        denoiser,
-        loss_of_step,
-        work,
-        steps,
-        3e-4,
-        0.995,
-        look=lambda _: paint_and_judge(pipe, 3.0),
-    )
 
 
 def export(pipe: FluxPipeline, out: Path) -> None:
@@ -492,15 +452,12 @@ def noisy_batch(pipe: FluxPipeline, data: Data, size: int) -> tuple[Tensor, ...]
     return x, torch.randn_like(x), t, rows, pooled
 
 
-def denoise(
-    denoiser: nn.Module, x_t: Tensor, t: Tensor, rows: Tensor, pooled: Tensor, guidance: Tensor
-) -> Tensor:
+def denoise(denoiser: nn.Module, x_t: Tensor, t: Tensor, rows: Tensor, pooled: Tensor) -> Tensor:
     """The denoiser's velocity in float32, called as FluxPipeline calls it. x_t: (B, 16, 64)."""
     img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, x_t.device, torch.float32)
     return denoiser(
         hidden_states=x_t,
         timestep=t,
-        guidance=guidance,
         pooled_projections=pooled,
         encoder_hidden_states=rows,
         txt_ids=torch.zeros(rows.shape[1], 3, device=x_t.device),
@@ -517,10 +474,10 @@ def encode_prompts(pipe: FluxPipeline, prompts: list[str]) -> tuple[Tensor, Tens
     return rows, pooled
 
 
-def paint_and_judge(pipe: FluxPipeline, guidance_scale: float) -> str:
+def paint_and_judge(pipe: FluxPipeline) -> str:
     """Accuracy on 50 held-out captions of each criterion."""
     scenes, texts = captions(50, held_out=True)
-    return str(judge.accuracy(scenes, paint(pipe, texts, guidance_scale=guidance_scale)))
+    return str(judge.accuracy(scenes, paint(pipe, texts)))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
@@ -611,7 +568,6 @@ def main() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = FluxPipeline(scheduler, vae, clip, tokenizer, teacher, tokenizer, denoiser)
     train_denoiser(args.work, args.denoiser_steps, pipe, data)
-    distil_guidance(args.work, STEPS["guidance"], pipe, data)
     export(pipe, args.out)
 
 
