@@ -61,7 +61,13 @@ def main() -> None:
 def settings(**changes: object) -> DistillConfig:
     """What suits this world: small rows, so large batches, and a student that learns fast."""
     return DistillConfig(
-        **{"max_steps": 100_000, "batch_size": 64, "mixed_precision": "bf16", **changes}
+        **{
+            "max_steps": 100_000,
+            "batch_size": 64,
+            "learning_rate": 2e-3,
+            "mixed_precision": "bf16",
+            **changes,
+        }
     )
 
 

@@ -1,6 +1,6 @@
 """Parameters and memory of T5-XXL's encoder and of the students' presets.
 
-    python examples/sizes.py
+python examples/sizes.py
 """
 
 import torch
