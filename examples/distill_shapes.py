@@ -30,6 +30,7 @@ def fresh_student(seed: int = 0) -> t5slim.SlimT5Encoder:
             d_ff=128,
             num_layers=2,
             feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,  # too small to learn so many prompts by heart
             project_out_dim=256,
         )
     )
