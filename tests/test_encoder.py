@@ -235,6 +235,9 @@ def test_forward_contract(oracle):
         student(IDS, mask=MASK)
 
 
+@pytest.mark.skipif(
+    not T5EncoderModel._supports_sdpa, reason="this transformers has T5 without SDPA"
+)
 def test_attention_implementations_agree(tmp_path):
     make_student().save_pretrained(tmp_path)
     fast = SlimT5Encoder.from_pretrained(tmp_path, attn_implementation="sdpa")
@@ -305,8 +308,10 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         student = make_student(dropout_rate=0.0).train()
         student.final_projection[2].p = 0.0
         if checkpointing:
-            student.activation_checkpointing_enable()
-            assert student.is_activation_checkpointing
+            # transformers 5 renames it
+            name = "activation" if hasattr(student, "is_activation_checkpointing") else "gradient"
+            getattr(student, f"{name}_checkpointing_enable")()
+            assert getattr(student, f"is_{name}_checkpointing")
         student(IDS)[0].square().mean().backward()
         gradients.append({name: weight.grad for name, weight in student.named_parameters()})
     for name, gradient in gradients[0].items():
