@@ -289,12 +289,10 @@ def move_into(folder: Path, saved: Path, variant: str | None) -> None:
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Silence transformers' bars, which would announce a student's fraction of a second."""
-    set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
-    if set_hook is None:  # transformers 4, which shows none for a single file
-        yield
-        return
-    previous = set_hook(lambda _factory, args, kwargs: tqdm(*args, **kwargs | {"disable": True}))
+    previous = transformers_logging.set_tqdm_hook(
+        lambda _factory, args, kwargs: tqdm(*args, **kwargs | {"disable": True})
+    )
     try:
         yield
     finally:
-        set_hook(previous)
+        transformers_logging.set_tqdm_hook(previous)

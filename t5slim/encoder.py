@@ -166,7 +166,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             expected,
             hint="For a plain T5 without projection, use SlimT5Encoder.from_t5.",
         )
-        _complete(kwargs)
+        kwargs["use_safetensors"] = True
         with checkpoint.no_progress_bars():
             # From here on everything is local: nothing is asked of the network twice.
             model: SlimT5Encoder = super().from_pretrained(
@@ -242,7 +242,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             checkpoint.expected_tensors(T5EncoderModel, config),
             ignore=("decoder.", "lm_head."),
         )
-        _complete(kwargs)
+        kwargs["use_safetensors"] = True
         with checkpoint.no_progress_bars():
             encoder = T5EncoderModel.from_pretrained(
                 config_file.parent, config=config, variant=variant, **kwargs
@@ -332,13 +332,6 @@ class SlimT5Encoder(T5PreTrainedModel):
                 revision=revision,
                 create_pr=create_pr,
             )
-
-
-def _complete(kwargs: dict[str, Any]) -> None:
-    """Set what is ours to say of the arguments for transformers' `from_pretrained`."""
-    kwargs["use_safetensors"] = True
-    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-        kwargs["dtype"] = "auto"  # the default since transformers 5
 
 
 # What makes `import t5slim` enough for AutoModel.from_pretrained to give a student.
