@@ -1,6 +1,6 @@
 """Distil a student for the miniature pipeline, from a fresh start, through its frozen denoiser.
 
-    python examples/distill_shapes.py --out my-student      
+    python examples/distill_shapes.py --out my-student
     python examples/quickstart.py --student my-student
 
 Only prompts are needed: the pipeline itself is the teacher.
