@@ -8,7 +8,7 @@ from torch import nn
 
 
 class ProjectionAdapter(nn.Sequential):
-    """The MLP after the student's encoder: Linear, ReLU, Dropout(0.1), Linear, without biases.
+    """The MLP after the student's encoder: Linear, ReLU, Dropout, Linear, without biases.
 
     Maps (B, T, d) to (B, T, D), in the dtype of its weights. A Sequential, because the published
     files name them `final_projection.0.weight`, (D, d), and `final_projection.3.weight`, (D, D).
@@ -18,13 +18,14 @@ class ProjectionAdapter(nn.Sequential):
     Args:
         in_dim: Width d of the encoder.
         out_dim: Width D that the denoiser expects.
+        dropout_rate: In training, as the encoder's own; 0.1 in the paper's code.
     """
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, out_dim: int, dropout_rate: float = 0.1) -> None:
         super().__init__(
             nn.Linear(in_dim, out_dim, bias=False),
             nn.ReLU(),
-            nn.Dropout(0.1),
+            nn.Dropout(dropout_rate),
             nn.Linear(out_dim, out_dim, bias=False),
         )
         self.reset_parameters()

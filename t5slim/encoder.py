@@ -47,7 +47,9 @@ class SlimT5Encoder(T5PreTrainedModel):
     def __init__(self, config: SlimT5Config) -> None:
         super().__init__(config)
         self.encoder = T5EncoderModel(config)
-        self.final_projection = ProjectionAdapter(config.d_model, config.project_out_dim)
+        self.final_projection = ProjectionAdapter(
+            config.d_model, config.project_out_dim, config.dropout_rate
+        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -252,7 +254,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             model = cls(cast(SlimT5Config, encoder.config))  # a copy of `config`, shared by both
         model.encoder = encoder
         last = encoder.encoder.final_layer_norm.weight
-        adapter = ProjectionAdapter(config.d_model, config.project_out_dim)
+        adapter = ProjectionAdapter(config.d_model, config.project_out_dim, config.dropout_rate)
         model.final_projection = adapter.to(last.device, encoder.dtype)
         return model.eval()
 

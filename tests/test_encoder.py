@@ -351,6 +351,13 @@ def test_a_fresh_student_has_a_fresh_adapter():
     assert student.final_projection[3].weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
 
 
+def test_dropout_rate_speaks_for_the_adapter_too():
+    """A student of 0.3 M parameters learns nothing by heart, and dropout only costs it."""
+    still = make_student(dropout_rate=0.0).train()
+    assert torch.equal(still(IDS)[0], still(IDS)[0])
+    assert make_student(dropout_rate=0.3).final_projection[2].p == 0.3
+
+
 @pytest.mark.parametrize(
     "name, millions", [("small", 54), ("base", 130), ("large", 362), ("xl", 1249)]
 )
