@@ -55,7 +55,7 @@ from shapes_world.painting import PIPELINE, captions, paint
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILE = False
-STEPS = {"vae": 2400, "language-model": 3000, "clip": 200, "denoiser": 17000}
+STEPS = {"vae": 2400, "language-model": 3000, "clip": 200, "denoiser": 12000}
 CAPTIONS = (
     67_200  # training captions whose T5 rows and latents are computed once and kept in memory
 )
@@ -547,6 +547,7 @@ def main() -> None:
     global COMPILE
     COMPILE = args.compile
     args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
 
