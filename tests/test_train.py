@@ -14,8 +14,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from t5slim import SlimT5Config, SlimT5Encoder, patch_pipeline
 from t5slim.distill import DistillConfig, VelocityGap, train, velocity_gap
-from t5slim.distill.examples import EmbeddingExamples, VelocityExamples
+from t5slim.distill.examples import Batch, Examples
+from t5slim.distill.prompts import as_source
 from t5slim.distill.replay import Rows
+from t5slim.distill.teacher import PromptTable
 from t5slim.distill.walk import teacher_of
 from t5slim.errors import DistillError, IncompatibleStudentError, NoT5SlotError
 
@@ -169,41 +171,104 @@ def test_average_and_last_weights_are_both_measured() -> None:
 # --- the order of examples -----------------------------------------------------------------------
 
 
-def examples_of(pipe: Any, config: DistillConfig) -> VelocityExamples:
-    return VelocityExamples(pipe, PROMPTS, config, call_kwargs(pipe), seed=0)
+def examples_of(
+    pipe: Any, config: DistillConfig, process: tuple[int, int] = (0, 1)
+) -> tuple[Examples, PromptTable]:
+    table = PromptTable()
+    source = as_source(PROMPTS, config.seed)
+    return Examples(pipe, source, config, call_kwargs(pipe), table, process), table
+
+
+def draw(examples: Examples, updates: range | int, walked: bool = True) -> list[Batch]:
+    numbers = range(updates) if isinstance(updates, int) else updates
+    return [batch for update in numbers for batch in examples.batches(update, walked)]
+
+
+def rows_of(batch: Batch) -> Rows:
+    assert isinstance(batch.call, Rows)
+    return batch.call
 
 
 def test_paper_order_is_consecutive_along_one_walk() -> None:
     pipe = tiny_flux()
-    examples = examples_of(pipe, DistillConfig.paper(batch_size=4))
-    drawn = [examples._consecutive_call() for _ in range(6)]
-    assert all(isinstance(rows, Rows) and len(rows) == 4 for rows in drawn)
+    examples, _ = examples_of(pipe, DistillConfig.paper(batch_size=4))
+    drawn = [rows_of(batch) for batch in draw(examples, 6)]
+    assert all(len(rows) == 4 for rows in drawn)
     times = [rows.batched["timestep",][0].item() for rows in drawn]
     assert times[:3] == sorted(times[:3], reverse=True) == times[3:]
     assert drawn[0].prompts == drawn[2].prompts != drawn[3].prompts
     guidance = {rows.batched["guidance",][0].item() for rows in drawn}
     assert guidance <= set(DistillConfig.paper().guidance_scales)
     assert not drawn[0].batched["pooled_projections",].any()
-    assert examples.teacher_rows == 24
+    assert examples.teacher_rows == examples.student_rows == 24
 
 
 @pytest.mark.parametrize("reuse", [1.0, 3.0])
 def test_reservoir_mixes_and_reuses(reuse: float) -> None:
     pipe = tiny_flux()
-    examples = examples_of(pipe, quick(batch_size=4, reservoir_walks=8, reuse=reuse))
-    drawn = [examples._drawn_call() for _ in range(18)]
+    config = quick(batch_size=4, reservoir_walks=8, reuse=reuse, empty_prompt_share=0.0)
+    examples, _ = examples_of(pipe, config)
+    batches = draw(examples, 18)
+    drawn = [rows_of(batch) for batch in batches]
     assert all(len(rows) == 4 for rows in drawn)
     assert examples.teacher_rows == 18 * 4 / reuse  # each row is drawn `reuse` times on average
     assert len(examples._walks) == 2  # of 4 prompts each
+    assert all(len(set(rows.prompts)) == 4 for rows in drawn[:3])  # one row of each lane
     assert any(len(set(rows.batched["timestep",].tolist())) > 1 for rows in drawn)
     assert any(len(set(rows.batched["guidance",].tolist())) > 1 for rows in drawn[6:]) or reuse > 1
+    thirds = {(t, int(i)) for b in batches for t, i in zip(
+        rows_of(b).batched["timestep",].tolist(), b.thirds, strict=True)}  # fmt: skip
+    assert len(thirds) == 3  # of three steps, each is a third
+
+
+@pytest.mark.parametrize("reservoir", [0, 16], ids=["consecutive", "reservoir"])
+@pytest.mark.parametrize("name", sorted(TINY_PIPELINES))
+def test_lanes_learn_the_same_however_they_are_spread(name: str, reservoir: int) -> None:
+    """One batch of 4, two of 2, and two processes: the same rows in the same update."""
+    pipe = TINY_PIPELINES[name]()
+
+    def learned(batch_size: int, accumulation: int, processes: int) -> list[torch.Tensor]:
+        config = quick(
+            batch_size=batch_size, gradient_accumulation_steps=accumulation,
+            reservoir_walks=reservoir,
+        )  # fmt: skip
+        updates: list[list[torch.Tensor]] = [[] for _ in range(5)]
+        for index in range(processes):
+            examples, _ = examples_of(pipe, config, (index, processes))
+            for update, targets in enumerate(updates):
+                for batch in examples.batches(update, walked=True):
+                    assert batch.call is not None
+                    targets += [target for target in batch.call.target]
+        sums = [sorted(t.double().abs().sum().item() for t in targets) for targets in updates]
+        return [torch.tensor(values) for values in sums]
+
+    for split in ((2, 2, 1), (2, 1, 2), (1, 4, 1)):
+        for one, other in zip(learned(4, 1, 1), learned(*split), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reservoir", [0, 8], ids=["consecutive", "reservoir"])
+def test_examples_go_on_from_their_counters(reservoir: int) -> None:
+    pipe = tiny_flux()
+    config = quick(reservoir_walks=reservoir)
+    one, table = examples_of(pipe, config)
+    draw(one, 7)
+    other, other_table = examples_of(pipe, config)
+    other.restore(json.loads(json.dumps(one.state())))
+    assert other.state() == one.state()
+    for a, b in zip(draw(one, range(7, 12)), draw(other, range(7, 12)), strict=True):
+        assert torch.equal(rows_of(a).target, rows_of(b).target)
+        assert torch.equal(a.thirds, b.thirds)  # type: ignore[arg-type]
+        for key, tensor in rows_of(a).batched.items():
+            assert torch.equal(tensor, rows_of(b).batched[key])
+        ids = [t.batch(x.prompts, x.device)[0] for t, x in ((table, a), (other_table, b))]
+        assert torch.equal(*ids)
 
 
 def test_guidance_of_the_user_holds_where_the_denoiser_takes_none() -> None:
     pipe = tiny_flux(guidance_embeds=False)
-    examples = examples_of(pipe, quick())
-    rows = examples._drawn_call()
-    assert isinstance(rows, Rows) and ("guidance",) not in rows.batched
+    (batch,) = draw(examples_of(pipe, quick())[0], 1)
+    assert ("guidance",) not in rows_of(batch).batched
 
 
 def test_teacher_encodes_each_prompt_once() -> None:
@@ -211,17 +276,19 @@ def test_teacher_encodes_each_prompt_once() -> None:
     encoded: list[int] = []
     teacher = teacher_of(pipe)
     handle = teacher.encoder.register_forward_hook(lambda m, args, out: encoded.append(len(out[0])))
-    examples = examples_of(pipe, quick(empty_prompt_share=0.3))
-    for _ in range(30):
-        examples._drawn_call()
+    examples, _ = examples_of(pipe, quick(empty_prompt_share=0.3))
+    draw(examples, 30)
     handle.remove()
     assert examples.teacher_rows > 60 and sum(encoded) == len(PROMPTS) + 1  # and the empty prompt
 
 
-def test_embedding_examples_hold_each_prompt_and_the_negative_one() -> None:
+def test_batches_without_the_denoiser_hold_each_prompt_in_turn() -> None:
     pipe = TINY_PIPELINES["pixart_sigma"]()
-    examples = EmbeddingExamples(pipe, PROMPTS, quick(), call_kwargs(pipe), seed=0)
-    assert len(examples._table) == len(PROMPTS) + 1
+    examples, table = examples_of(pipe, quick(batch_size=2, empty_prompt_share=0.0))
+    batches = draw(examples, len(PROMPTS) // 2, walked=False)
+    assert all(batch.call is None for batch in batches) and examples.teacher_rows == 0
+    ids, mask = table.batch([n for batch in batches for n in batch.prompts], batches[0].device)
+    assert mask is not None and len(ids.unique(dim=0)) == len(PROMPTS)
 
 
 # --- the measure ---------------------------------------------------------------------------------
@@ -306,7 +373,7 @@ def test_output_dir_holds_the_student_and_its_story(tmp_path: Path) -> None:
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds) and result.seconds == seconds[-1]
     facts = json.loads((out / "distillation.json").read_text())
-    assert facts["pipeline"] == "FluxPipeline" and facts["num_prompts"] == 4
+    assert facts["pipeline"] == "FluxPipeline" and facts["prompts"]["count"] == 4
     assert facts["config"]["max_steps"] == 5 and facts["result"]["gap"] == result.gap
 
 
@@ -322,7 +389,7 @@ def test_max_seconds_ends_the_run(tmp_path: Path) -> None:
 # --- bad input -----------------------------------------------------------------------------------
 
 
-def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_good_weights(
+def test_gradients_that_are_not_finite_stop_and_keep_the_last_good_weights(
     tmp_path: Path,
 ) -> None:
     pipe = tiny_flux()
@@ -332,15 +399,15 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_good_weights(
     def poison(module: Any, args: Any, output: Any) -> Any:
         if torch.is_grad_enabled():
             calls.append(1)
-            if len(calls) == 4:
+            if len(calls) >= 4:
                 return (output[0] * torch.nan,)
         return output
 
     handle = pipe.transformer.register_forward_hook(poison)
     out = tmp_path / "run"
-    with pytest.raises(DistillError, match="gradient of update 4 is not finite"):
+    with pytest.raises(DistillError, match="2 updates in a row, up to number 5, are not finite"):
         train(
-            pipe, student, PROMPTS[:4], quick(max_steps=10, eval_every=3),
+            pipe, student, PROMPTS[:4], quick(max_steps=10, eval_every=3, max_skipped_updates=2),
             pipeline_kwargs=call_kwargs(pipe), output_dir=out,
         )  # fmt: skip
     handle.remove()

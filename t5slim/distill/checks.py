@@ -18,9 +18,6 @@ from .walk import DENOISERS, teacher_of
 
 Prompts = Sequence[str] | str | os.PathLike[str]
 
-HISTORY_FILE = "history.jsonl"
-METADATA_FILE = "distillation.json"
-
 
 def load_prompts(prompts: Prompts, name: str) -> list[str]:
     """A list of prompts, or the lines of a text file, without surrounding white space and blank
@@ -71,22 +68,11 @@ def check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistillError("No parameter of the student requires a gradient: it can't learn.")
     dtypes = [getattr(getattr(pipe, name, None), "dtype", None) for name in DENOISERS]
-    if config.objective == "velocity" and torch.float16 in dtypes:
+    scaled = config.mixed_precision == "fp16"
+    if "velocity" in config.terms and torch.float16 in dtypes and not scaled:
         # The gradients of a mean over 100,000 elements are below float16's smallest number, 6e-8.
         raise DistillError(
             f"The denoiser of this {type(pipe).__name__} is in float16, through which gradients "
-            "vanish. Load the pipeline in bfloat16 or float32."
+            'vanish. Load the pipeline in bfloat16 or float32, or set mixed_precision="fp16", '
+            "which scales the loss."
         )
-
-
-def check_output_dir(folder: Path) -> Path:
-    """Refuse a folder that holds another run, or a model."""
-    if folder.exists() and not folder.is_dir():
-        raise DistillError(f"output_dir is {str(folder)!r}, which is a file; expected a folder.")
-    for pattern in (METADATA_FILE, HISTORY_FILE, "config.json", "*.safetensors"):
-        for found in folder.glob(pattern):
-            raise DistillError(
-                f"output_dir {str(folder)!r} holds another run or model ({found.name}). Pass a new "
-                "folder, or remove that one."
-            )
-    return folder

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, Literal
+
+import torch
 
 from ..errors import ConfigError
 
@@ -13,67 +16,115 @@ PAPER_GUIDANCE_SCALES = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 
 
 @dataclass(frozen=True)
+class Term:
+    """One term of an objective, and the updates in which it counts.
+
+    Attributes:
+        weight: of the term in the sum, its highest.
+        start: the first update in which it counts.
+        until: from `start` on, the weight falls linearly to zero at this update; None: it stays.
+    """
+
+    weight: float = 1.0
+    start: int = 0
+    until: int | None = None
+
+    def weight_at(self, update: int) -> float:
+        """The weight in update number `update` (from 0)."""
+        if update < self.start:
+            return 0.0
+        if self.until is None:
+            return self.weight
+        return self.weight * max(0.0, 1 - (update - self.start) / (self.until - self.start))
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """How `train` distils; every default is meant to be used as it is.
 
     Attributes:
-        objective: "velocity" compares the denoiser's predictions (`VelocityLoss`), "embedding" the
-            text rows (`EmbeddingLoss`, no denoiser pass at all).
+        objective: what is compared. "velocity": the denoiser's predictions (`VelocityLoss`);
+            "embedding": the text rows (`EmbeddingLoss`), with no denoiser pass at all;
+            "relational": the distances between the prompts of a batch (`RelationalLoss`). Or a
+            weighted sum, `{"velocity": 1, "embedding": 0.1}`, whose weights may change as training
+            goes on: `{"embedding": {"until": 2000}, "velocity": {"start": 2000}}` warms up without
+            the denoiser (see `Term`).
+        trajectory_weights: weights of the first, middle and last third of the trajectory in the
+            loss; the velocity gap is reported by the same thirds.
         max_steps: updates of the student.
         max_seconds: stop after this much training time (evaluations are not counted), whatever
             `max_steps` says. The learning rate then ends its schedule with whichever comes first.
-        batch_size: prompts that are walked together, and examples (denoiser rows) of an update.
-        learning_rate: of AdamW, its highest.
-        weight_decay: of AdamW.
+        batch_size: prompts that are walked together, and examples (denoiser rows) that go through
+            the denoiser together, on one device.
+        gradient_accumulation_steps: such batches to an update, on each device.
+        optimizer: "adamw", or "adamw_8bit", whose moments take a quarter of the memory (needs
+            bitsandbytes).
+        learning_rate: of the optimizer, its highest.
+        weight_decay: of the optimizer.
         warmup_steps: updates over which the learning rate rises linearly.
-        lr_schedule: after the warm-up, "cosine" down to zero, or "constant".
+        lr_schedule: after the warm-up, "cosine" or "linear" down to zero, or "constant".
         max_grad_norm: the student's gradients are scaled down to this norm.
+        max_skipped_updates: an update whose gradient is not finite is skipped; the run stops after
+            this many of them in a row.
         reservoir_walks: examples are drawn at random from this many trajectories (of one prompt
-            each), the oldest replaced as training goes on. 0: the paper's order, consecutive
-            updates along the trajectory of one batch.
+            each, over all devices), the oldest replaced as training goes on. 0: the paper's order,
+            consecutive updates along the trajectory of one batch.
         reuse: how often each example is drawn on average before it is replaced. Higher: fewer
             teacher passes for an update, and less new in it. Without a reservoir it has no meaning.
         guidance_scales: drawn from for each walk where the denoiser takes guidance as an input
             (FLUX.1-dev); elsewhere, and if empty, the guidance scale of `pipeline_kwargs` holds.
         zero_pooled: zero the pooled CLIP vector in training, where the denoiser takes one, so that
             the student must carry the whole prompt. Evaluations leave it as it is.
-        empty_prompt_share: of the walked prompts, this share is empty, as the prompt of unguided
-            branches is.
+        empty_prompt_share: of the prompts, this share is replaced by the empty one, as the prompt
+            of unguided branches is.
         ema_decay: the returned student is an exponential average of its weights over the updates;
             0: the last weights.
-        mixed_precision: "bf16" runs student and denoiser under autocast; weights, gradients and the
-            optimizer stay in float32.
+        mixed_precision: "bf16" or "fp16" runs student and denoiser under autocast, "fp16" with a
+            scaled loss; weights, gradients and the optimizer stay in float32.
         gradient_checkpointing: of the denoiser: less memory for a second forward pass.
-        eval_every: updates between two evaluations on `eval_prompts` (and two checkpoints).
+        eval_every: updates between two evaluations on `eval_prompts`.
+        checkpoint_every: updates between two checkpoints to resume from, if there is an
+            `output_dir`.
+        keep_checkpoints: how many of them are kept, the newest.
         seed: of the order of prompts, the noise, dropout, and what is drawn from the reservoir.
 
     Raises:
         ConfigError: a value is out of range; the message says which and what is allowed.
     """
 
-    objective: Literal["velocity", "embedding"] = "velocity"
+    objective: str | Mapping[str, Any] = "velocity"
+    trajectory_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     max_steps: int = 10_000
     max_seconds: float | None = None
     batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: float = 5e-4
     weight_decay: float = 1e-3
     warmup_steps: int = 100
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: float = 1.0
+    max_skipped_updates: int = 10
     reservoir_walks: int = 256
     reuse: float = 1.0
     guidance_scales: tuple[float, ...] = PAPER_GUIDANCE_SCALES
     zero_pooled: bool = False
     empty_prompt_share: float = 0.05
     ema_decay: float = 0.999
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     eval_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "guidance_scales", tuple(self.guidance_scales))
-        for name in ("max_steps", "batch_size", "eval_every"):
+        for name in ("guidance_scales", "trajectory_weights"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in (
+            "max_steps", "batch_size", "gradient_accumulation_steps", "max_skipped_updates",
+            "eval_every", "checkpoint_every", "keep_checkpoints",
+        ):  # fmt: skip
             self._check(name, lambda v: _is_int(v) and v > 0, "an integer above 0")
         for name in ("warmup_steps", "reservoir_walks"):
             self._check(name, lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
@@ -90,15 +141,50 @@ class DistillConfig:
         self._check(
             "guidance_scales", lambda v: all(_is_finite(g) and g > 0 for g in v), "numbers above 0"
         )
+        self._check(
+            "trajectory_weights",
+            lambda v: len(v) == 3 and all(_is_finite(w) and w >= 0 for w in v) and sum(v) > 0,
+            "three numbers of at least 0, not all of them 0",
+        )
         for name, values in _CHOICES.items():
             self._check(name, values.__contains__, " or ".join(map(repr, values)))
         for name in ("zero_pooled", "gradient_checkpointing"):
             self._check(name, lambda v: isinstance(v, bool), "True or False")
-        if 0 < self.reservoir_walks < self.batch_size:
+        if 0 < self.reservoir_walks < self.batch_size * self.gradient_accumulation_steps:
             raise ConfigError(
-                f"reservoir_walks is {self.reservoir_walks}, but {self.batch_size} prompts are "
-                "walked together (batch_size): make it at least that, or 0 for consecutive updates."
+                f"reservoir_walks is {self.reservoir_walks}, but "
+                f"{self.batch_size * self.gradient_accumulation_steps} prompts are walked together "
+                "(batch_size * gradient_accumulation_steps): make it at least that, or 0 for "
+                "consecutive updates."
             )
+        turns = {t for term in self.terms.values() for t in (term.start - 1, term.until or 0)}
+        for step in sorted({0, self.max_steps - 1} | turns & set(range(self.max_steps))):
+            if not any(term.weight_at(step) for term in self.terms.values()):
+                raise ConfigError(
+                    f"objective {self.objective!r} has no term that counts in update {step} of "
+                    f"{self.max_steps}."
+                )
+        if "relational" in self.terms and self.batch_size == 1:
+            raise ConfigError(
+                "The relational term compares the prompts of a batch, and batch_size is 1."
+            )
+
+    @cached_property
+    def terms(self) -> dict[str, Term]:
+        """The objective's terms by name."""
+        given = self.objective
+        terms = {given: 1.0} if isinstance(given, str) else given
+        if not isinstance(terms, Mapping) or not terms:
+            raise ConfigError(
+                f"objective is {given!r}; expected one of {', '.join(OBJECTIVES)}, or a mapping of "
+                "such names to weights."
+            )
+        return {name: _term(name, value) for name, value in terms.items()}
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What `mixed_precision` says, for torch."""
+        return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision]
 
     @classmethod
     def paper(cls, **changes: Any) -> DistillConfig:
@@ -129,13 +215,14 @@ class DistillConfig:
         """The learning rate of update number `step` (from 0), `seconds` of training after its
         start.
         """
-        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        if self.lr_schedule == "constant":
-            return self.learning_rate * warmup
+        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
         progress = step / self.max_steps
         if self.max_seconds is not None:
             progress = max(progress, seconds / self.max_seconds)
-        return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        progress = min(progress, 1.0)
+        if self.lr_schedule == "cosine":
+            return rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return rate * (1 - progress) if self.lr_schedule == "linear" else rate
 
     def _check(self, name: str, allowed: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
@@ -143,11 +230,33 @@ class DistillConfig:
             raise ConfigError(f"{name} is {value!r}; expected {expected}.")
 
 
+OBJECTIVES = ("velocity", "embedding", "relational")
 _CHOICES = {
-    "objective": ("velocity", "embedding"),
-    "lr_schedule": ("cosine", "constant"),
-    "mixed_precision": ("no", "bf16"),
+    "optimizer": ("adamw", "adamw_8bit"),
+    "lr_schedule": ("cosine", "linear", "constant"),
+    "mixed_precision": ("no", "bf16", "fp16"),
 }
+
+
+def _term(name: str, value: Any) -> Term:
+    if name not in OBJECTIVES:
+        raise ConfigError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}.")
+    settings = dict(value) if isinstance(value, Mapping) else {"weight": value}
+    known = [field.name for field in fields(Term)]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"objective {name!r} has {key!r}; expected {', '.join(known)}.")
+    term = Term(**settings)
+    if not _is_finite(term.weight) or term.weight <= 0:
+        raise ConfigError(f"objective {name!r}: weight {term.weight!r} is no number above 0.")
+    if not _is_int(term.start) or term.start < 0:
+        raise ConfigError(f"objective {name!r}: start {term.start!r} is no update (from 0).")
+    if term.until is not None and not (_is_int(term.until) and term.until > term.start):
+        raise ConfigError(
+            f"objective {name!r}: until is {term.until!r}; expected an update after start "
+            f"({term.start}), or None."
+        )
+    return term
 
 
 def _is_int(value: Any) -> bool:

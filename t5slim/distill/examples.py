@@ -1,5 +1,10 @@
 """What an update learns from: examples that the teacher's walks leave, drawn in one order or
 another.
+
+Everything that is drawn is a function of the seed, the number of the draw and the *lane*: an update
+has as many lanes as prompts (batch_size x accumulation x processes), and each lane has its own
+prompts, noises and reservoir. So a run can be continued from its counters alone, and how its lanes
+are spread over batches and processes changes nothing in what it learns from.
 """
 
 from __future__ import annotations
@@ -7,22 +12,22 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from ..errors import DistillError
 from ..slot import denoiser_text_width
-from .calls import call_encoder
 from .config import DistillConfig
-from .fallback import predict_through_pipeline
-from .losses import EmbeddingLoss, VelocityLoss
-from .replay import NO_PROMPT, Rows, collate, predict, split_walk
-from .teacher import PromptTable, encode_prompts
+from .prompts import PromptSource
+from .replay import NO_PROMPT, Rows, collate, split_walk
+from .teacher import PromptTable
 from .trace import NotAGather
-from .walk import DENOISERS, Walk, capture, teacher_of, tokenize
+from .walk import DENOISERS, Walk, capture, images_per_prompt, teacher_of, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -34,190 +39,272 @@ class WalkedCall:
     walk: Walk
     index: int
 
+    @property
+    def target(self) -> Tensor:
+        """The teacher's prediction, (R, ...)."""
+        return self.walk.denoiser_calls[self.index].target
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the denoiser together.
+
+    Attributes:
+        prompts: numbers of the prompts whose rows are compared: of each of the R rows of `call`,
+            if it is `Rows`.
+        device: of the pipeline.
+        call: the denoiser's inputs and the teacher's prediction; None where it isn't asked.
+        thirds: for each row of the call, the third of the trajectory that it is from: 0, 1, 2.
+    """
+
+    prompts: list[int]
+    device: torch.device
+    call: Rows | WalkedCall | None = None
+    thirds: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A denoiser call in the reservoir, and which of its rows are of which lane."""
+
+    call: Rows | WalkedCall
+    prompts: list[int]
+    third: int
+    rows_of_lane: list[list[int]]
+
     def __len__(self) -> int:
-        return len(self.walk.denoiser_calls[self.index].target)
+        return len(self.call.target)
 
 
-class VelocityExamples:
-    """Denoiser calls of the teacher's trajectories, and the student's loss on them.
+class Examples:
+    """The batches of a run, on one process.
 
-    With a reservoir, each batch is drawn from all trajectories in it, of different prompts, noises
-    and timesteps. Without, it is one call of the latest walk, in order: the paper's step following.
-
-    The reservoir fills as training goes on. A new batch is walked whenever the rows drawn make up
-    `reuse` times the rows that were walked; so no update waits for it to be full, and the teacher's
-    passes stand in the same proportion to the student's all the time.
+    With a reservoir, a batch is drawn from all trajectories in it: of each lane one row, of any of
+    its prompts, noises and timesteps. Without, it is the next call of the latest walk: the paper's
+    step following. The reservoir fills as training goes on: a round of walks is made whenever the
+    rows drawn are `reuse` times those that were walked, so that no update waits for it to be full.
 
     Args:
         pipe: the pipeline with the teacher.
-        prompts: the prompts to walk, of this process.
-        config: `batch_size`, `reservoir_walks`, `reuse` and what shapes a walk.
+        prompts: of all processes.
+        config: the settings.
         pipeline_kwargs: how the pipeline is called.
-        seed: of everything that is drawn here.
+        table: numbers the prompts.
+        process: number of this process, and how many there are.
 
     Attributes:
-        teacher_rows: batch rows that the denoiser predicted for the teacher.
-        student_rows: batch rows that it predicted for the student (each of them also backwards).
+        teacher_rows: batch rows that the denoiser predicted for the teacher, over all processes.
+        student_rows: batch rows that it was asked for a student (each of them also backwards).
     """
 
     def __init__(
         self,
         pipe: Any,
-        prompts: Sequence[str],
+        prompts: PromptSource,
         config: DistillConfig,
         pipeline_kwargs: Mapping[str, Any],
-        seed: int,
+        table: PromptTable,
+        process: tuple[int, int] = (0, 1),
     ) -> None:
         self.teacher_rows = 0
         self.student_rows = 0
         self._pipe = pipe
+        self._prompts = prompts
         self._config = config
         self._kwargs = dict(pipeline_kwargs)
-        self._random = random.Random(seed)
-        self._prompts = _shuffled_forever(prompts, self._random)
-        self._autocast_dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
+        self._table = table
+        self._device = torch.device(pipe._execution_device)
         self._takes_guidance = any(
             getattr(getattr(getattr(pipe, name, None), "config", None), "guidance_embeds", False)
             for name in DENOISERS
         )
-        self._table = PromptTable()
-        self._loss = VelocityLoss()
-        self._walks: deque[list[Rows] | list[WalkedCall]] = deque(
-            maxlen=max(1, config.reservoir_walks // config.batch_size)
-        )
-        self._due = 0.0  # rows that are still to be drawn before the next walk
+        width = denoiser_text_width(pipe)
+        assert width is not None  # the encoder's own, if the denoiser doesn't say
+        self._width = width
+        index, self._processes = process
+        size, groups = config.batch_size, config.gradient_accumulation_steps
+        self._lanes = size * groups * self._processes
+        if 0 < config.reservoir_walks < self._lanes:
+            raise DistillError(
+                f"reservoir_walks is {config.reservoir_walks}, but {self._lanes} prompts are walked "
+                f"together (batch_size {size} x gradient_accumulation_steps {groups} x "
+                f"{self._processes} processes): make it at least that, or 0."
+            )
+        # A group goes through the denoiser together, always the same lanes.
+        starts = [(group * self._processes + index) * size for group in range(groups)]
+        self._groups = [list(range(start, start + size)) for start in starts]
+        depth = max(1, config.reservoir_walks // self._lanes)
+        self._walks: deque[list[list[_Call]]] = deque(maxlen=depth)  # rounds of groups of calls
+        # The counters, from which everything else follows.
+        self._rounds = 0  # of walks
+        self._due = 0.0  # rows of a group that are still to be drawn before the next round
+        self._position = 0  # along the latest walk, without a reservoir
+        self._readings = 0  # updates that asked the denoiser nothing
+        self._tokenized: dict[str, int] = {}
 
-    def loss(self, student: Callable[..., Any]) -> Tensor:
-        """The velocity loss of the next batch, (R,) float32, differentiable in the student."""
-        calls = self._consecutive_call() if not self._config.reservoir_walks else self._drawn_call()
-        self.student_rows += len(calls)
-        if isinstance(calls, Rows):
-            prediction, target = self._replay(calls, student), calls.target
+    # --- batches ---
+
+    def batches(self, update: int, walked: bool) -> Iterator[Batch]:
+        """The batches of an update, one for each accumulation step.
+
+        Args:
+            update: its number, from 0.
+            walked: whether the denoiser is asked; otherwise batches are prompts and nothing else.
+        """
+        if not walked:
+            self._readings += 1
+            for lanes in self._groups:
+                yield self._read(lanes)
+            return
+        if self._config.reservoir_walks:
+            if self._due <= 0:
+                self._walk_round()
+                self._due += self._config.reuse * sum(map(len, self._walks[-1][0]))
+            batches = [self._drawn(update, group) for group in range(len(self._groups))]
+            assert batches[0].call is not None
+            self._due -= len(batches[0].call.target)
         else:
-            target = calls.walk.denoiser_calls[calls.index].target
-            prediction = predict_through_pipeline(
-                self._pipe,
-                calls.walk,
-                lambda ids, mask: call_encoder(student, ids, mask),
-                {calls.index},
-                self._autocast_dtype,
-            )[calls.index]
-        return self._loss(prediction, target)
+            if not self._walks or self._position == len(self._walks[-1][0]):
+                self._walk_round()
+                self._position = 0
+            calls = [group[self._position] for group in self._walks[-1]]
+            self._position += 1
+            batches = [_whole(call, self._device) for call in calls]
+        for batch in batches:
+            assert batch.call is not None
+            self.student_rows += len(batch.call.target) * self._processes
+            yield batch
 
-    def _replay(self, rows: Rows, student: Callable[..., Any]) -> Tensor:
-        embeddings = encode_prompts(student, self._table, rows.prompts, rows.target.device)
-        return predict(self._pipe, rows, embeddings, self._autocast_dtype)
-
-    def _consecutive_call(self) -> Rows | WalkedCall:
-        if not self._walks or not self._walks[0]:
-            self._walk()
-        return self._walks[0].pop(0)
-
-    def _drawn_call(self) -> Rows | WalkedCall:
-        if self._due <= 0:
-            self._walk()
-            self._due += self._config.reuse * sum(len(call) for call in self._walks[-1])
-        calls = [call for walk in self._walks for call in walk]
-        (call,) = self._random.choices(calls, weights=[len(call) for call in calls])
-        if isinstance(call, Rows):
-            picks = [
-                (rows, i)
-                for rows in calls
-                if isinstance(rows, Rows) and rows.signature == call.signature
-                for i in range(len(rows))
-            ]
-            call = collate(self._random.sample(picks, min(self._config.batch_size, len(picks))))
-        self._due -= len(call)
-        return call
-
-    def _walk(self) -> None:
-        """Walk the next batch of prompts and put its calls into the reservoir."""
-        config = self._config
-        prompts = [
-            "" if self._random.random() < config.empty_prompt_share else next(self._prompts)
-            for _ in range(config.batch_size)
+    def _drawn(self, update: int, group: int) -> Batch:
+        """One row of each lane, all of a kind that can share a denoiser call."""
+        calls = [call for walk in self._walks for call in walk[group]]
+        # The same for all groups and processes, whose walks are built alike.
+        (chosen,) = self._random("call", update).choices(calls, weights=list(map(len, calls)))
+        if isinstance(chosen.call, WalkedCall):
+            return _whole(chosen, self._device)
+        alike = [
+            c for c in calls if isinstance(c.call, Rows) and c.call.signature == chosen.call.signature
         ]
+        picks = []
+        for place, lane in enumerate(self._groups[group]):
+            source = self._random("row", update, lane)
+            call = source.choice(alike)
+            picks.append((call, source.choice(call.rows_of_lane[place])))
+        rows = collate([(call.call, row) for call, row in picks])
+        return Batch(rows.prompts, self._device, rows, torch.tensor([c.third for c, _ in picks]))
+
+    def _read(self, lanes: list[int]) -> Batch:
+        prompts = [self._prompt((self._readings - 1) * self._lanes + lane) for lane in lanes]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._tokenized]
+        if new:
+            self._tokenized |= dict(zip(new, self._tokenize(new), strict=True))
+        return Batch([self._tokenized[prompt] for prompt in prompts], self._device)
+
+    # --- walks ---
+
+    def _walk_round(self) -> None:
+        """Walk the next prompt of each lane."""
+        self._walks.append([self._walk(self._rounds, lanes) for lanes in self._groups])
+        self._rounds += 1
+
+    def _walk(self, round_: int, lanes: list[int]) -> list[_Call]:
+        config, draws = self._config, [round_ * self._lanes + lane for lane in lanes]
+        prompts = [self._prompt(draw) for draw in draws]
         kwargs = dict(self._kwargs)
         if self._takes_guidance and config.guidance_scales:
-            kwargs["guidance_scale"] = self._random.choice(config.guidance_scales)
+            kwargs["guidance_scale"] = self._random("guidance", round_).choice(
+                config.guidance_scales
+            )
         walk = capture(
-            self._pipe, prompts, pipeline_kwargs=kwargs, seed=self._random.getrandbits(62),
+            self._pipe, prompts, pipeline_kwargs=kwargs,
+            seed=[self._random("noise", draw).getrandbits(62) for draw in draws],
             zero_pooled=config.zero_pooled, encode=self._table.teacher_rows,
-            autocast_dtype=self._autocast_dtype,
+            autocast_dtype=config.autocast_dtype,
         )  # fmt: skip
-        self.teacher_rows += walk.denoiser_rows
+        self.teacher_rows += walk.denoiser_rows * self._processes
+        calls: list[Rows] | list[WalkedCall]
         try:
             calls = split_walk(self._pipe, walk, self._table)
         except NotAGather as reason:
-            if not self._walks:
+            if round_ == 0:
                 logger.info(
                     "%s: %s. The student is led through the whole pipeline instead.",
                     type(self._pipe).__name__, reason,
                 )  # fmt: skip
-            self._walks.append([WalkedCall(walk, i) for i in range(len(walk.denoiser_calls))])
-        else:
-            self._walks.append([rows for call in calls if (rows := _with_prompt(call))])
+            calls = [WalkedCall(walk, i) for i in range(len(walk.denoiser_calls))]
+        found = (self._with_lanes(c, i, len(calls), walk) for i, c in enumerate(calls))
+        return [call for call in found if call is not None]
+
+    def _with_lanes(
+        self, call: Rows | WalkedCall, index: int, calls: int, walk: Walk
+    ) -> _Call | None:
+        third = 3 * index // calls
+        if isinstance(call, WalkedCall):
+            prompts = [
+                number
+                for slot_call in walk.slot_calls
+                for number in self._table.numbers(slot_call.input_ids, slot_call.attention_mask)
+            ]
+            return _Call(call, prompts, third, [])
+        # Several images of a prompt stand together; the branches of guidance follow each other.
+        images = images_per_prompt(self._kwargs)
+        lanes: list[list[int]] = [[] for _ in walk.prompts]
+        # Those of a zeroed text have nothing to teach.
+        kept = [i for i, number in enumerate(call.prompts) if number != NO_PROMPT]
+        for place, row in enumerate(kept):
+            lanes[row // images % len(lanes)].append(place)
+        if not all(lanes):
+            return None
+        rows = call if len(kept) == len(call) else call.select(kept)
+        return _Call(rows, rows.prompts, third, lanes)
+
+    # --- prompts ---
+
+    def _prompt(self, draw: int) -> str:
+        if self._random("empty", draw).random() < self._config.empty_prompt_share:
+            return ""
+        return self._prompts.prompt(draw)
+
+    def _tokenize(self, prompts: list[str]) -> list[int]:
+        """Number prompts, tokenized as the pipeline does it."""
+        calls: list[list[int]] = []
+
+        def note(_: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+            calls.append(self._table.numbers(input_ids, attention_mask))
+            shape = (*input_ids.shape, self._width)
+            return torch.zeros(shape, dtype=teacher_of(self._pipe).dtype, device=input_ids.device)
+
+        tokenize(self._pipe, prompts, self._kwargs, note)
+        # Negative prompts are encoded after the prompts.
+        return calls[0][: len(prompts)]
+
+    def _random(self, *key: Any) -> random.Random:
+        # A string is hashed by SHA-512: the same on every machine, and no two keys alike.
+        return random.Random(f"{self._config.seed}/{key}")
+
+    # --- continuing ---
+
+    def state(self) -> dict[str, Any]:
+        """The counters, plain values."""
+        names = ("_rounds", "_due", "_position", "_readings", "teacher_rows", "student_rows")
+        return {name.strip("_"): getattr(self, name) for name in names}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; the trajectories that were in the reservoir are walked again.
+
+        They are bitwise what they were, and needn't be saved: 256 walks at 512 pixels would be 1.3
+        GB for FLUX.
+        """
+        for name, value in state.items():
+            setattr(self, name if hasattr(self, name) else f"_{name}", value)
+        rows = self.teacher_rows
+        first = max(0, self._rounds - (self._walks.maxlen or 1))
+        for round_ in tqdm(
+            range(first, self._rounds), "walk again", leave=False, disable=first == self._rounds
+        ):
+            self._walks.append([self._walk(round_, lanes) for lanes in self._groups])
+        self.teacher_rows = rows
 
 
-class EmbeddingExamples:
-    """The teacher's text rows, and the student's loss on them: no walk, and no denoiser pass.
-
-    Every prompt is tokenized as the pipeline does it (and so is its negative prompt, once); the
-    teacher encodes it when it is first drawn.
-
-    Args: those of `VelocityExamples`.
-    """
-
-    teacher_rows = 0
-    student_rows = 0
-
-    def __init__(
-        self,
-        pipe: Any,
-        prompts: Sequence[str],
-        config: DistillConfig,
-        pipeline_kwargs: Mapping[str, Any],
-        seed: int,
-    ) -> None:
-        self._pipe = pipe
-        self._batch_size = config.batch_size
-        self._random = random.Random(seed)
-        self._table = PromptTable()
-        self._loss = EmbeddingLoss()
-        self._encoder: Any = teacher_of(pipe)
-        width = denoiser_text_width(pipe)
-        assert width is not None  # the encoder's own, if the denoiser doesn't say
-        lengths: dict[int, int] = {}
-
-        def note(_: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-            for number in self._table.numbers(input_ids, attention_mask):
-                lengths[number] = input_ids.shape[1]
-            return torch.zeros(
-                *input_ids.shape, width, dtype=self._encoder.dtype, device=input_ids.device
-            )
-
-        for start in range(0, len(prompts), config.batch_size):
-            tokenize(pipe, prompts[start : start + config.batch_size], pipeline_kwargs, note)
-        self._numbers = _shuffled_forever(list(lengths), self._random)
-
-    def loss(self, student: Callable[..., Any]) -> Tensor:
-        """The embedding loss of the next batch, (B,) float32, differentiable in the student."""
-        numbers = [next(self._numbers) for _ in range(self._batch_size)]
-        ids, mask = self._table.batch(numbers, self._encoder.device)
-        target = self._table.teacher_rows(self._encoder, ids, mask)
-        rows = encode_prompts(student, self._table, numbers, ids.device)
-        return self._loss(rows, target, mask)
-
-
-def _with_prompt(rows: Rows) -> Rows | None:
-    """The rows that read a prompt; those of a zeroed text have nothing to teach."""
-    kept = [i for i, number in enumerate(rows.prompts) if number != NO_PROMPT]
-    if not kept:
-        return None
-    return rows if len(kept) == len(rows) else rows.select(kept)
-
-
-def _shuffled_forever(items: Sequence[Any], source: random.Random) -> Iterator[Any]:
-    """The items, each once in an order of its own, again and again."""
-    while True:
-        yield from source.sample(items, len(items))
+def _whole(call: _Call, device: torch.device) -> Batch:
+    return Batch(call.prompts, device, call.call, torch.full((len(call),), call.third))

@@ -94,7 +94,7 @@ def encode_prompts(
     """The student's rows for prompts of the table, (B, S, D), each different prompt encoded
     once.
     """
-    different = sorted(set(numbers))
+    different = list(dict.fromkeys(numbers))
     ids, mask = table.batch(different, device)
     rows = call_encoder(student, ids, mask)
     if len(different) == len(numbers) and list(numbers) == different:

@@ -171,8 +171,9 @@ def _trace_batch_dims(pipe: Any, walk: Walk) -> list[dict[Path, int | None]]:
         blank = target.new_zeros(grown(target.shape[0]), *target.shape[1:])
         return with_first_tensor(recorded.output, blank)
 
+    seed = walk.seed if isinstance(walk.seed, int) else [*walk.seed, walk.seed[0]]
     run_pipeline(
-        pipe, [*walk.prompts, walk.prompts[0]], walk.pipeline_kwargs, walk.seed,
+        pipe, [*walk.prompts, walk.prompts[0]], walk.pipeline_kwargs, seed,
         encode=blank_rows, denoise=compare_shapes, zero_pooled=walk.zero_pooled,
     )  # fmt: skip
     return batch_dims

@@ -1,19 +1,17 @@
-"""Distil a student in the place of a pipeline's T5."""
+"""Distil a student, or several, in the place of a pipeline's T5."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -23,19 +21,17 @@ from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
-from .calls import autocast
-from .checks import (
-    HISTORY_FILE,
-    METADATA_FILE,
-    Prompts,
-    check_output_dir,
-    check_trainable,
-    load_prompts,
-)
+from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from .checks import check_trainable
 from .config import DistillConfig
-from .examples import EmbeddingExamples, VelocityExamples
+from .examples import Examples
+from .learner import Learner
 from .metrics import VelocityGap
+from .objective import Objective
+from .prompts import Prompts, PromptSource, as_source, load_prompts
+from .records import CHECKPOINTS, Records, check_output_dir, check_same_run, run_facts
 from .states import cpu_attention, frozen, master_weights
+from .teacher import PromptTable
 from .walk import check_pipeline_kwargs
 
 
@@ -46,9 +42,10 @@ class DistillResult:
     Attributes:
         student: the student that was passed, trained: averaged weights, in its dtype, in eval mode.
         steps: updates made.
+        skipped: of them, those left out because a gradient wasn't finite.
         seconds: training time, without evaluations and checkpoints.
         teacher_rows: batch rows that the denoiser predicted for the teacher, over all processes.
-        student_rows: batch rows that it predicted for the student (and went backwards through).
+        student_rows: batch rows that it predicted for this student (and went backwards through).
         loss: mean over the updates since the last entry of `history`.
         gap: velocity gap of the student on `eval_prompts`; None without.
         raw_gap: the same with the last weights instead of the averaged ones.
@@ -58,6 +55,7 @@ class DistillResult:
 
     student: SlimT5Encoder
     steps: int = 0
+    skipped: int = 0
     seconds: float = 0.0
     teacher_rows: int = 0
     student_rows: int = 0
@@ -67,16 +65,27 @@ class DistillResult:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+@overload
+def train(
+    pipe: Any, student: SlimT5Encoder, prompts: Prompts, config: DistillConfig | None = None,
+    **options: Any,
+) -> DistillResult: ...  # fmt: skip
+@overload
+def train(
+    pipe: Any, student: Sequence[SlimT5Encoder], prompts: Prompts,
+    config: DistillConfig | None = None, **options: Any,
+) -> list[DistillResult]: ...  # fmt: skip
 def train(
     pipe: Any,
-    student: SlimT5Encoder,
+    student: SlimT5Encoder | Sequence[SlimT5Encoder],
     prompts: Prompts,
     config: DistillConfig | None = None,
     *,
     pipeline_kwargs: Mapping[str, Any] | None = None,
     eval_prompts: Prompts | None = None,
     output_dir: str | os.PathLike[str] | None = None,
-) -> DistillResult:
+    resume: bool = False,
+) -> DistillResult | list[DistillResult]:
     """Distil `student` to take the place of the T5 in `pipe`. No images are needed, only prompts.
 
     The pipeline is the teacher: it is run on the prompts as a user would run it, and the student
@@ -90,9 +99,15 @@ def train(
     On several GPUs, start with `accelerate launch`, each process with the pipeline on its own
     device.
 
+    A run with an `output_dir` can be killed at any moment. Called again with `resume=True` and
+    otherwise the same, it goes on from its last checkpoint, to bitwise the same weights (where the
+    device computes the same twice). On SIGTERM and Ctrl-C it writes one first.
+
     Args:
         pipe: a pipeline with a T5 in its text slot, on the device to train on.
-        student: with the vocabulary of that T5 and the width of its rows. Trained in place.
+        student: with the vocabulary of that T5 and the width of its rows. Trained in place. Several
+            share the teacher's walks: a series of sizes for less than the price of its runs, with
+            the same results.
         prompts: a list, or a text file with one prompt on each line; blank ones are dropped.
         config: the settings; `DistillConfig.paper()` has those of the paper.
         pipeline_kwargs: how the pipeline is called: `height`, `width`, `num_inference_steps`,
@@ -101,224 +116,298 @@ def train(
         eval_prompts: prompts to measure the velocity gap on every `config.eval_every` updates, as a
             list or file. They should not be among `prompts`.
         output_dir: where to save the student (at each evaluation and in the end) with
-            `history.jsonl` and `distillation.json`. Loaded with
-            `SlimT5Encoder.from_pretrained(output_dir)`.
+            `history.jsonl`, `distillation.json` and `checkpoints/`. Loaded with
+            `SlimT5Encoder.from_pretrained(output_dir)`. Of several students, each has a folder in
+            it: `student-0`, `student-1`...
+        resume: go on with the run in `output_dir`; start it, if there is none yet.
 
     Returns:
-        A `DistillResult`; its `student` is the one passed.
+        A `DistillResult`, whose `student` is the one passed; of several students, a list of them.
 
     Raises:
         DistillError: no prompts; a student that is the teacher; an `output_dir` that holds another
-            run; `pipeline_kwargs` that the pipeline doesn't take; or a loss that is not finite any
-            more, and then the student and `output_dir` hold the last good weights.
+            run, or can't be written; `pipeline_kwargs` that the pipeline doesn't take; or too many
+            gradients in a row that are not finite. The student then holds the last good weights.
         NoT5SlotError: the pipeline has no T5.
         IncompatibleStudentError: the student has another vocabulary, or rows of another width.
         ConfigError: see `DistillConfig`.
+        KeyboardInterrupt: after a checkpoint was written.
     """
     config = config or DistillConfig()
     kwargs = dict(pipeline_kwargs or {})
-    prompts = load_prompts(prompts, "prompts")
+    students = list(student) if isinstance(student, Sequence) else [student]
+    source = as_source(prompts, config.seed)
     held_out = None if eval_prompts is None else load_prompts(eval_prompts, "eval_prompts")
-    check_trainable(pipe, student, config)
+    if not students:
+        raise DistillError("There is no student to distil: the list of them is empty.")
+    for one in students:
+        check_trainable(pipe, one, config)
     check_pipeline_kwargs(pipe, kwargs)
-    folder = None if output_dir is None else check_output_dir(Path(output_dir))
-
     accelerator = Accelerator()
+    facts = run_facts(
+        pipe, students, config, kwargs, source.facts(), held_out, accelerator.num_processes
+    )
+    folder = None if output_dir is None else Path(output_dir)
+    if resume and folder is None:
+        raise DistillError("resume=True needs the output_dir of the run that is to go on.")
+    checkpoint = None
+    if folder is not None and resume:
+        check_same_run(folder, facts)
+        checkpoint = load_checkpoint(folder / CHECKPOINTS)
+    elif folder is not None:
+        check_output_dir(folder)
+
     device = torch.device(pipe._execution_device)
     with ExitStack() as stack:
         stack.enter_context(frozen(pipe, config.gradient_checkpointing))
-        stack.enter_context(master_weights(student, device))
+        for one in students:
+            stack.enter_context(master_weights(one, device))
         # Dropout draws from the global generators: seeded here, and given back as they were.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(config.seed + accelerator.process_index)
-
-        measure = None
-        if held_out is not None and accelerator.is_main_process:
-            measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs)
-        examples_class = VelocityExamples if config.objective == "velocity" else EmbeddingExamples
-        facts = _facts(pipe, student, config, kwargs, prompts, held_out)
-        run = _Run(accelerator, student, config, measure, folder, facts)
-        shard = prompts[accelerator.process_index :: accelerator.num_processes] or prompts
-        seed = config.seed + 7919 * accelerator.process_index
-        run.updates(run.timed(lambda: examples_class(pipe, shard, config, kwargs, seed)), device)
-    return run.finish()
+        run = _Run(accelerator, pipe, students, config, source, kwargs, held_out, folder, facts)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        run.updates(stack.enter_context(_interruptible()))
+        results = run.finish()
+    for result, records in zip(results, run.records, strict=True):
+        records.save_student(result.student)  # in its own dtype again
+    return results if isinstance(student, Sequence) else results[0]
 
 
 class _Run:
-    """The loop of updates, and what it leaves behind."""
+    """The loop of updates."""
 
     def __init__(
         self,
         accelerator: Accelerator,
-        student: SlimT5Encoder,
+        pipe: Any,
+        students: list[SlimT5Encoder],
         config: DistillConfig,
-        measure: VelocityGap | None,
+        source: PromptSource,
+        pipeline_kwargs: dict[str, Any],
+        held_out: list[str] | None,
         folder: Path | None,
         facts: dict[str, Any],
     ) -> None:
         self._accelerator = accelerator
-        self._student = student
         self._config = config
-        self._measure = measure
+        self._device = torch.device(pipe._execution_device)
         self._folder = folder if accelerator.is_main_process else None
-        # What is measured, saved and returned; without averaging, the trained student itself.
-        self._average = copy.deepcopy(student).eval() if config.ema_decay else student
-        self._losses: list[float] = []
-        self._facts = facts
-        self.result = DistillResult(student)
-        self._write_metadata()
+        self._step = 0
+        self._seconds = 0.0
+        self._measure = None
+        if held_out is not None and accelerator.is_main_process:
+            self._measure = VelocityGap(pipe, held_out, pipeline_kwargs=pipeline_kwargs)
+        process = (accelerator.process_index, accelerator.num_processes)
+        table = PromptTable()
+        self._examples = Examples(pipe, source, config, pipeline_kwargs, table, process)
+        self._objective = Objective(pipe, table, config)
+        self._learners = [Learner(accelerator, s, config, self._device) for s in students]
+        # Sum and number since the last evaluation; on the device, as reading would wait for it.
+        self._losses = torch.zeros(2, len(students), device=self._device)
+        self._results = [DistillResult(student) for student in students]
+        folders = [self._folder] * len(students)
+        if self._folder is not None and len(students) > 1:
+            folders = [self._folder / f"student-{i}" for i in range(len(students))]
+            Records(self._folder, facts)
+        self.records = [Records(folder, facts) for folder in folders]
 
-    def timed(self, work: Callable[[], Any]) -> Any:
-        """Do work that counts as training time."""
-        start = time.perf_counter()
-        done = work()
-        self.result.seconds += time.perf_counter() - start
-        return done
-
-    def updates(self, examples: VelocityExamples | EmbeddingExamples, device: torch.device) -> None:
+    def updates(self, interrupted: Callable[[], int | None]) -> None:
         """Train until `max_steps` or `max_seconds`, whichever comes first."""
-        config, result, accelerator = self._config, self.result, self._accelerator
-        trained = [p for p in self._student.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, weight_decay=config.weight_decay)
-        # device_placement: the student is on the pipeline's device, which need not be accelerate's.
-        model, optimizer = accelerator.prepare(
-            self._student.train(), optimizer, device_placement=[False, False]
-        )
-
-        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
-
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            with autocast(device, dtype):
-                return model(*args, **kwargs)
-
-        def update() -> float:
-            # Set here, not by a scheduler: accelerate steps a prepared one num_processes times.
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(result.steps, result.seconds)
-            with cpu_attention(device, dtype):
-                loss = examples.loss(encode).mean()
-                accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise DistillError(
-                    f"The gradient of update {result.steps + 1} is not finite (loss "
-                    f"{loss.item()}). The student holds the weights before that update, and "
-                    "output_dir its last checkpoint. Try a smaller learning_rate."
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            self._update_average()
-            return loss.item()
-
+        config = self._config
         bar = tqdm(
-            total=config.max_steps, desc="distil", unit="update",
-            disable=not accelerator.is_main_process,
+            total=config.max_steps, initial=self._step, desc="distil", unit="update",
+            disable=not self._accelerator.is_main_process,
         )  # fmt: skip
         with bar:
-            finished = False
+            finished = self._step >= config.max_steps or self._out_of_time()
             while not finished:
-                self._losses.append(self.timed(update))
-                result.steps += 1
-                result.teacher_rows = examples.teacher_rows * accelerator.num_processes
-                result.student_rows = examples.student_rows * accelerator.num_processes
-                finished = result.steps >= config.max_steps or self._out_of_time(device)
-                if finished or result.steps % config.eval_every == 0:
+                start = time.perf_counter()
+                self._update()
+                self._seconds += time.perf_counter() - start
+                self._step += 1
+                finished = self._step >= config.max_steps or self._out_of_time()
+                if finished or self._step % config.eval_every == 0:
                     self._evaluate(finished)
-                gap = "-" if result.gap is None else f"{result.gap:.4f}"
-                recent = self._losses[-100:] or [result.loss]
-                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3g}", gap=gap, refresh=False)
+                signal_number = self._agreed(interrupted() or 0)
+                if finished or signal_number or self._step % config.checkpoint_every == 0:
+                    self._save_checkpoint()
+                if signal_number:
+                    self._stop(signal_number)
+                bar.set_postfix(self._postfix(), refresh=False)
                 bar.update()
-        # `accelerate launch --mixed_precision` wraps the student's forward, and unwrapping would
-        # leave its bound method on the instance, which a copy of the student would share.
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        vars(self._student).pop("forward", None)
 
-    def finish(self) -> DistillResult:
-        """Give the student its averaged weights, and write what remains to be written."""
-        if self._average is not self._student:
-            with torch.no_grad():
-                for parameter, average in self._pairs():
-                    parameter.copy_(average)
-        if self._folder is not None:
-            self._student.save_pretrained(self._folder)
-        return self.result
+    def finish(self) -> list[DistillResult]:
+        """Give the students their averaged weights."""
+        for learner in self._learners:
+            learner.finish()
+        return self._results
 
-    def _evaluate(self, finished: bool) -> None:
-        result = self.result
-        result.loss = sum(self._losses) / len(self._losses)
-        self._losses.clear()
-        if self._measure is not None:
-            result.gap = self._measure(self._average)
-            if finished:
-                averaged = self._average is not self._student
-                result.raw_gap = self._measure(self._student) if averaged else result.gap
-        names = ("seconds", "teacher_rows", "student_rows", "loss", "gap")
-        entry = {"step": result.steps, **{name: getattr(result, name) for name in names}}
-        result.history.append(entry)
-        if self._folder is not None:
-            with open(self._folder / HISTORY_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            self._write_metadata()
-            if not finished:  # `finish` saves the last one, in the student's own dtype
-                self._average.save_pretrained(self._folder)
-        self._accelerator.wait_for_everyone()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        counters = checkpoint.counters
+        self._step, self._seconds = checkpoint.step, counters["seconds"]
+        self._losses.copy_(torch.tensor(counters["losses"]))
+        for i, learner in enumerate(self._learners):
+            prefix = f"{i}."
+            tensors = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in checkpoint.tensors.items()
+                if name.startswith(prefix)
+            }
+            learner.restore(tensors, counters["learners"][i])
+            result = self._results[i]
+            result.history = self.records[i].resume_history(checkpoint.step)
+            for name, value in counters["results"][i].items():
+                setattr(result, name, value)
+        self._examples.restore(counters["examples"])
 
-    def _write_metadata(self) -> None:
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        outcome = {k: v for k, v in vars(self.result).items() if k not in ("student", "history")}
-        text = json.dumps({**self._facts, "result": outcome}, indent=2, default=str) + "\n"
-        temporary = self._folder / f".{METADATA_FILE}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self._folder / METADATA_FILE)
+    # --- one update ---
 
-    def _update_average(self) -> None:
-        if self._average is self._student:
-            return
-        # Short at first, so that the random start is forgotten as fast as it is trained away.
-        decay = min(self._config.ema_decay, (1 + self.result.steps) / (10 + self.result.steps))
-        with torch.no_grad():
-            for parameter, average in self._pairs():
-                average.lerp_(parameter, 1 - decay)
+    def _update(self) -> None:
+        config, update = self._config, self._step
+        weights = self._objective.weights_at(update)
+        batches = self._examples.batches(update, walked="velocity" in weights)
+        steps = config.gradient_accumulation_steps
+        for number, batch in enumerate(batches, start=1):
+            for i, learner in enumerate(self._learners):
+                # Dropout is a function of the update, too, so that no generator needs to be saved,
+                # and the students of a series drop out as each would by itself.
+                self._seed(update, number)
+                with cpu_attention(self._device, config.autocast_dtype):
+                    loss = self._objective.loss(learner.encode, batch, weights)
+                    learner.backward(loss, last=number == steps)
+                finite = loss.detach().isfinite()
+                self._losses[0, i] += torch.where(finite, loss.detach(), 0)
+                self._losses[1, i] += finite
+        rate = config.learning_rate_at(update, self._seconds)
+        for learner in self._learners:
+            learner.step(update, rate)
+            if learner.skipped_in_a_row >= config.max_skipped_updates:
+                self._give_up(learner)
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self._student.parameters(), self._average.parameters(), strict=True)
+    def _seed(self, update: int, number: int) -> None:
+        place = update * self._config.gradient_accumulation_steps + number
+        processes, index = self._accelerator.num_processes, self._accelerator.process_index
+        torch.manual_seed((self._config.seed << 40) + place * processes + index)
 
-    def _out_of_time(self, device: torch.device) -> bool:
+    def _give_up(self, learner: Learner) -> None:
+        where = "" if self._folder is None else f", and {self._folder} the last checkpoint"
+        raise DistillError(
+            f"The gradients of {learner.skipped_in_a_row} updates in a row, up to number "
+            f"{self._step + 1}, are not finite. The student holds the weights before them{where}. "
+            "Try a smaller learning_rate, or mixed_precision='bf16' instead of 'fp16'."
+        )
+
+    # --- when to stop ---
+
+    def _agreed(self, value: float) -> int:
+        """The highest value of any process: all must stop at the same update."""
+        if self._accelerator.num_processes == 1:
+            return int(value)
+        values = self._accelerator.gather(torch.tensor([int(value)], device=self._device))
+        return int(values.max())
+
+    def _out_of_time(self) -> bool:
         if self._config.max_seconds is None:
             return False
-        if self._accelerator.num_processes > 1:  # all must stop at the same update
-            seconds = torch.tensor(self.result.seconds, dtype=torch.float64, device=device)
-            self.result.seconds = broadcast(seconds).item()
-        return self.result.seconds >= self._config.max_seconds
+        if self._accelerator.num_processes > 1:
+            seconds = torch.tensor(self._seconds, dtype=torch.float64, device=self._device)
+            self._seconds = broadcast(seconds).item()
+        return self._seconds >= self._config.max_seconds
+
+    def _stop(self, signal_number: int) -> None:
+        how = "" if self._folder is None else (
+            f" Its checkpoint is written: call train again with resume=True and "
+            f"output_dir={str(self._folder)!r}, and it goes on."
+        )  # fmt: skip
+        message = f"Distillation was stopped after update {self._step}.{how}"
+        if signal_number == signal.SIGINT:
+            raise KeyboardInterrupt(message)
+        raise SystemExit(message)
+
+    # --- what it leaves behind ---
+
+    def _evaluate(self, finished: bool) -> None:
+        sums, counts = self._accelerator.reduce(self._losses, "sum")
+        losses = sums / counts  # NaN, if none was finite
+        self._losses.zero_()
+        for i, (learner, result) in enumerate(zip(self._learners, self._results, strict=True)):
+            self._update_result(i)
+            result.loss = losses[i].item()
+            if self._measure is not None:
+                result.gap = self._measure(learner.average)
+                if finished:
+                    averaged = learner.average is not learner.student
+                    result.raw_gap = self._measure(learner.student) if averaged else result.gap
+            names = ("seconds", "teacher_rows", "student_rows", "skipped", "loss", "gap")
+            entry = {"step": result.steps, **{name: getattr(result, name) for name in names}}
+            result.history.append(entry)
+            self.records[i].add(entry, _plain(result))
+            if not finished:  # `train` saves the last one, in the student's own dtype
+                self.records[i].save_student(learner.average)
+        self._accelerator.wait_for_everyone()
+
+    def _update_result(self, i: int) -> None:
+        result = self._results[i]
+        result.steps, result.seconds = self._step, self._seconds
+        result.skipped = self._learners[i].skipped
+        result.teacher_rows = self._examples.teacher_rows
+        result.student_rows = self._examples.student_rows
+
+    def _save_checkpoint(self) -> None:
+        if self._folder is not None:
+            tensors: dict[str, Tensor] = {}
+            counters: dict[str, Any] = {
+                "seconds": self._seconds,
+                "losses": self._losses.tolist(),
+                "examples": self._examples.state(),
+                "learners": [],
+                "results": [],
+            }
+            for i, learner in enumerate(self._learners):
+                self._update_result(i)
+                own, plain = learner.state()
+                tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
+                counters["learners"].append(plain)
+                counters["results"].append(_plain(self._results[i]))
+            save_checkpoint(
+                self._folder / CHECKPOINTS, self._step, tensors, counters,
+                self._config.keep_checkpoints,
+            )  # fmt: skip
+        self._accelerator.wait_for_everyone()
+
+    def _postfix(self) -> dict[str, str]:
+        loss = self._results[0].loss
+        gaps = [result.gap for result in self._results if result.gap is not None]
+        shown = {"loss": f"{loss:.3g}"}
+        if gaps:
+            shown["gap"] = " ".join(f"{gap:.4f}" for gap in gaps)
+        return shown
 
 
-def _facts(
-    pipe: Any,
-    student: SlimT5Encoder,
-    config: DistillConfig,
-    pipeline_kwargs: dict[str, Any],
-    prompts: list[str],
-    eval_prompts: list[str] | None,
-) -> dict[str, Any]:
-    """What a reader of the checkpoint, or its model card, needs to know of its making."""
-    packages = ("t5slim", "torch", "diffusers", "transformers", "accelerate")
-    return {
-        "pipeline": type(pipe).__name__,
-        "pipeline_name_or_path": pipe.config.get("_name_or_path"),
-        "student_base_model": getattr(student.config, "base_model", None),
-        "config": config.to_dict(),
-        "pipeline_kwargs": pipeline_kwargs,
-        "num_prompts": len(prompts),
-        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "num_eval_prompts": 0 if eval_prompts is None else len(eval_prompts),
-        "versions": {name: _version(name) for name in packages},
-    }
+def _plain(result: DistillResult) -> dict[str, Any]:
+    return {k: v for k, v in vars(result).items() if k not in ("student", "history")}
 
 
-def _version(package: str) -> str | None:
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], int | None]]:
+    """Yields a function that says which of SIGINT and SIGTERM came, if one did.
+
+    The update under way is finished first; a second signal does what it always does.
+    """
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
     try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree
-        return None
+        yield lambda: came[0] if came else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -33,6 +33,7 @@ from .calls import (
 DENOISERS = ("transformer", "transformer_2", "unet")
 # Set by the library for every walk.
 RESERVED_KWARGS = ("prompt", "generator", "latents", "output_type", "return_dict")
+_IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 Encode = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
 Denoise = Callable[[str, Callable[..., Any], dict[str, Any]], Any]
@@ -80,7 +81,7 @@ class Walk:
 
     prompts: tuple[str, ...]
     pipeline_kwargs: dict[str, Any]
-    seed: int
+    seed: int | Sequence[int]
     zero_pooled: bool
     slot_calls: tuple[SlotCall, ...]
     denoiser_calls: tuple[DenoiserCall, ...]
@@ -96,7 +97,7 @@ def capture(
     prompts: Sequence[str],
     *,
     pipeline_kwargs: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     zero_pooled: bool = False,
     encode: Encode | None = None,
     autocast_dtype: torch.dtype | None = None,
@@ -108,7 +109,8 @@ def capture(
         prompts: the batch, B prompts.
         pipeline_kwargs: how to call the pipeline: `height`, `width`, `num_inference_steps`,
             `guidance_scale`, `max_sequence_length`, ... A `negative_prompt` is one string.
-        seed: of the noise that the trajectories start from, and of a stochastic scheduler.
+        seed: of the noise that the trajectories start from, and of a stochastic scheduler: one for
+            the batch, or one for each prompt, whose noise then doesn't depend on its batch.
         zero_pooled: replace `pooled_projections` by zeros, where the denoiser takes one (section 4
             of arXiv 2503.19897: so that T5's rows, and not CLIP's vector, must carry the prompt).
         encode: called in place of the encoder's `forward`, as `encode(forward, input_ids,
@@ -186,7 +188,7 @@ def run_pipeline(
     pipe: Any,
     prompts: Sequence[str],
     pipeline_kwargs: Mapping[str, Any],
-    seed: int,
+    seed: int | Sequence[int],
     *,
     encode: Encode,
     denoise: Denoise,
@@ -199,7 +201,7 @@ def run_pipeline(
         pipe: this and the following as for `capture`.
         prompts: the batch.
         pipeline_kwargs: how to call it.
-        seed: of its generator.
+        seed: of its generator, or of the generators of its prompts.
         encode: `encode(forward, input_ids, attention_mask)` returns T5's rows, (B, S, D).
         denoise: `denoise(name, forward, kwargs)` returns what the denoiser would.
         zero_pooled: `denoise` sees zeros for `pooled_projections`.
@@ -249,7 +251,11 @@ def run_pipeline(
             module = getattr(pipe, name, None)
             if isinstance(module, nn.Module):
                 stack.enter_context(_intercept(module, denoiser_forward(name, module)))
-        generator = torch.Generator().manual_seed(seed)
+        if isinstance(seed, int):
+            generator: Any = torch.Generator().manual_seed(seed)
+        else:
+            images = range(images_per_prompt(pipeline_kwargs))
+            generator = [torch.Generator().manual_seed(s + i) for s in seed for i in images]
         call(list(prompts), generator=generator, output_type="latent", **kwargs)
 
 
@@ -285,6 +291,11 @@ def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None
                 f"pipeline_kwargs holds {name!r}, which {type(pipe).__name__} doesn't take. It "
                 f"takes {', '.join(p for p in parameters if p != 'self')}."
             )
+
+
+def images_per_prompt(pipeline_kwargs: Mapping[str, Any]) -> int:
+    """How many rows of a batch stand beside each other for one prompt."""
+    return max(int(pipeline_kwargs.get(name) or 1) for name in _IMAGES_PER_PROMPT)
 
 
 def undecorated_call(pipe: Any) -> Callable[..., Any]:
