@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from t5slim import SlimT5Config, SlimT5Encoder, patch_pipeline
 from t5slim.distill import DistillConfig, VelocityGap, train, velocity_gap
 from t5slim.distill.examples import Batch, Examples
-from t5slim.distill.prompts import as_source
+from t5slim.distill.prompts import prompt_source
 from t5slim.distill.replay import Rows
 from t5slim.distill.teacher import PromptTable
 from t5slim.distill.walk import teacher_of
@@ -175,7 +175,7 @@ def examples_of(
     pipe: Any, config: DistillConfig, process: tuple[int, int] = (0, 1)
 ) -> tuple[Examples, PromptTable]:
     table = PromptTable()
-    source = as_source(PROMPTS, config.seed)
+    source = prompt_source(PROMPTS)
     return Examples(pipe, source, config, call_kwargs(pipe), table, process), table
 
 

@@ -295,7 +295,7 @@ def call_kwargs(pipe: DiffusionPipeline, steps: int = 3) -> dict[str, Any]:
 
 
 def tiny_student(
-    pipe: DiffusionPipeline, seed: int = 1, *, d_model: int = 16, num_layers: int = 1
+    pipe: DiffusionPipeline, seed: int = 1, *, d_model: int = 16, num_layers: int = 1, **config: Any
 ) -> Any:
     """A student (`SlimT5Encoder`) with the vocabulary and output width that `pipe` needs."""
     from t5slim import SlimT5Config, SlimT5Encoder
@@ -306,12 +306,13 @@ def tiny_student(
         if isinstance(getattr(pipe, name, None), T5EncoderModel)
     )
     torch.manual_seed(seed)
-    config = SlimT5Config(
-        vocab_size=slot.config.vocab_size, d_model=d_model, d_kv=8, d_ff=2 * d_model,
-        num_layers=num_layers, num_heads=2, relative_attention_num_buckets=8,
-        feed_forward_proj="gated-gelu", project_in_dim=d_model, project_out_dim=slot.config.d_model,
-    )  # fmt: skip
-    return SlimT5Encoder(config).eval()
+    shape: dict[str, Any] = {
+        "vocab_size": slot.config.vocab_size, "d_model": d_model, "d_kv": 8, "d_ff": 2 * d_model,
+        "num_layers": num_layers, "num_heads": 2, "relative_attention_num_buckets": 8,
+        "feed_forward_proj": "gated-gelu", "project_in_dim": d_model,
+        "project_out_dim": slot.config.d_model,
+    }  # fmt: skip
+    return SlimT5Encoder(SlimT5Config(**shape | config)).eval()
 
 
 def _finish(pipe: DiffusionPipeline) -> DiffusionPipeline:

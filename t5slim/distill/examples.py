@@ -135,6 +135,7 @@ class Examples:
         self._groups = [list(range(start, start + size)) for start in starts]
         depth = max(1, config.reservoir_walks // self._lanes)
         self._walks: deque[list[list[_Call]]] = deque(maxlen=depth)  # rounds of groups of calls
+        self._updates: deque[int] = deque(maxlen=depth)  # in which they were walked
         # The counters, from which everything else follows.
         self._rounds = 0  # of walks
         self._due = 0.0  # rows of a group that are still to be drawn before the next round
@@ -154,18 +155,18 @@ class Examples:
         if not walked:
             self._readings += 1
             for lanes in self._groups:
-                yield self._read(lanes)
+                yield self._read(update, lanes)
             return
         if self._config.reservoir_walks:
             if self._due <= 0:
-                self._walk_round()
+                self._walk_round(update)
                 self._due += self._config.reuse * sum(map(len, self._walks[-1][0]))
             batches = [self._drawn(update, group) for group in range(len(self._groups))]
             assert batches[0].call is not None
             self._due -= len(batches[0].call.target)
         else:
             if not self._walks or self._position == len(self._walks[-1][0]):
-                self._walk_round()
+                self._walk_round(update)
                 self._position = 0
             calls = [group[self._position] for group in self._walks[-1]]
             self._position += 1
@@ -193,8 +194,9 @@ class Examples:
         rows = collate([(call.call, row) for call, row in picks])
         return Batch(rows.prompts, self._device, rows, torch.tensor([c.third for c, _ in picks]))
 
-    def _read(self, lanes: list[int]) -> Batch:
-        prompts = [self._prompt((self._readings - 1) * self._lanes + lane) for lane in lanes]
+    def _read(self, update: int, lanes: list[int]) -> Batch:
+        first = (self._readings - 1) * self._lanes
+        prompts = [self._prompt(first + lane, update) for lane in lanes]
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._tokenized]
         if new:
             self._tokenized |= dict(zip(new, self._tokenize(new), strict=True))
@@ -202,14 +204,15 @@ class Examples:
 
     # --- walks ---
 
-    def _walk_round(self) -> None:
+    def _walk_round(self, update: int) -> None:
         """Walk the next prompt of each lane."""
-        self._walks.append([self._walk(self._rounds, lanes) for lanes in self._groups])
+        self._walks.append([self._walk(self._rounds, update, lanes) for lanes in self._groups])
+        self._updates.append(update)
         self._rounds += 1
 
-    def _walk(self, round_: int, lanes: list[int]) -> list[_Call]:
+    def _walk(self, round_: int, update: int, lanes: list[int]) -> list[_Call]:
         config, draws = self._config, [round_ * self._lanes + lane for lane in lanes]
-        prompts = [self._prompt(draw) for draw in draws]
+        prompts = [self._prompt(draw, update) for draw in draws]
         kwargs = dict(self._kwargs)
         if self._takes_guidance and config.guidance_scales:
             kwargs["guidance_scale"] = self._random("guidance", round_).choice(
@@ -260,10 +263,10 @@ class Examples:
 
     # --- prompts ---
 
-    def _prompt(self, draw: int) -> str:
+    def _prompt(self, draw: int, update: int) -> str:
         if self._random("empty", draw).random() < self._config.empty_prompt_share:
             return ""
-        return self._prompts.prompt(draw)
+        return self._prompts.prompt(draw, self._config.seed, update)
 
     def _tokenize(self, prompts: list[str]) -> list[int]:
         """Number prompts, tokenized as the pipeline does it."""
@@ -285,25 +288,31 @@ class Examples:
     # --- continuing ---
 
     def state(self) -> dict[str, Any]:
-        """The counters, plain values."""
-        names = ("_rounds", "_due", "_position", "_readings", "teacher_rows", "student_rows")
-        return {name.strip("_"): getattr(self, name) for name in names}
+        """Plain values, from which `restore` goes on."""
+        return {name: getattr(self, f"_{name}") for name in _COUNTERS} | {
+            "updates": list(self._updates),
+            "teacher_rows": self.teacher_rows,
+            "student_rows": self.student_rows,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; the trajectories that were in the reservoir are walked again.
 
-        They are bitwise what they were, and needn't be saved: 256 walks at 512 pixels would be 1.3
-        GB for FLUX.
+        They are bitwise what they were, and needn't be saved: 256 walks of FLUX at 512 pixels would
+        be 1.3 GB with each checkpoint.
         """
-        for name, value in state.items():
-            setattr(self, name if hasattr(self, name) else f"_{name}", value)
-        rows = self.teacher_rows
-        first = max(0, self._rounds - (self._walks.maxlen or 1))
-        for round_ in tqdm(
-            range(first, self._rounds), "walk again", leave=False, disable=first == self._rounds
+        for name in _COUNTERS:
+            setattr(self, f"_{name}", state[name])
+        self._updates.extend(state["updates"])
+        rounds = range(self._rounds - len(self._updates), self._rounds)
+        for round_, update in tqdm(
+            list(zip(rounds, self._updates, strict=True)), "walk again", leave=False
         ):
-            self._walks.append([self._walk(round_, lanes) for lanes in self._groups])
-        self.teacher_rows = rows
+            self._walks.append([self._walk(round_, update, lanes) for lanes in self._groups])
+        self.teacher_rows, self.student_rows = state["teacher_rows"], state["student_rows"]
+
+
+_COUNTERS = ("rounds", "due", "position", "readings")
 
 
 def _whole(call: _Call, device: torch.device) -> Batch:

@@ -28,7 +28,7 @@ from .examples import Examples
 from .learner import Learner
 from .metrics import VelocityGap
 from .objective import Objective
-from .prompts import Prompts, PromptSource, as_source, load_prompts
+from .prompts import Prompts, PromptSource, load_prompts, prompt_source
 from .records import CHECKPOINTS, Records, check_output_dir, check_same_run, run_facts
 from .states import cpu_attention, frozen, master_weights
 from .teacher import PromptTable
@@ -136,7 +136,7 @@ def train(
     config = config or DistillConfig()
     kwargs = dict(pipeline_kwargs or {})
     students = list(student) if isinstance(student, Sequence) else [student]
-    source = as_source(prompts, config.seed)
+    source = prompt_source(prompts)
     held_out = None if eval_prompts is None else load_prompts(eval_prompts, "eval_prompts")
     if not students:
         raise DistillError("There is no student to distil: the list of them is empty.")
