@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import DistillConfig
-    from .losses import EmbeddingLoss, VelocityLoss
+    from .config import DistillConfig, Term
+    from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
     from .metrics import VelocityGap, velocity_gap
     from .trainer import DistillResult, train
     from .walk import Walk, capture
@@ -19,6 +19,8 @@ _MODULES = {
     "DistillConfig": "config",
     "DistillResult": "trainer",
     "EmbeddingLoss": "losses",
+    "RelationalLoss": "losses",
+    "Term": "config",
     "VelocityGap": "metrics",
     "VelocityLoss": "losses",
     "Walk": "walk",
@@ -31,6 +33,8 @@ __all__ = [
     "DistillConfig",
     "DistillResult",
     "EmbeddingLoss",
+    "RelationalLoss",
+    "Term",
     "VelocityGap",
     "VelocityLoss",
     "Walk",

@@ -35,7 +35,7 @@ class Objective:
         self._table = table
         self._terms = config.terms
         self._autocast_dtype = config.autocast_dtype
-        thirds = torch.tensor(config.trajectory_weights)
+        thirds = torch.tensor(config.trajectory_weights, dtype=torch.float32)
         self._thirds = thirds / thirds.mean()
 
     def weights_at(self, update: int) -> dict[str, float]:
