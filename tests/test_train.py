@@ -365,7 +365,7 @@ def test_bad_input_is_refused_before_anything_happens(case: str, tmp_path: Path)
     small = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     out = tmp_path / "out"
     if case == "no prompts":
-        prompts, message = [], "prompts is a list without a prompt"
+        prompts, message = [], "prompts: a list without a prompt"
     elif case == "blank prompts":
         prompts, message = ["", " \n"], "without a prompt"
     elif case == "empty file":
@@ -376,7 +376,7 @@ def test_bad_input_is_refused_before_anything_happens(case: str, tmp_path: Path)
     elif case == "not strings":
         prompts, message = ["a", 3], "holds 3; expected strings"
     elif case == "empty eval":
-        arguments["eval_prompts"], message = [], "eval_prompts is a list without"
+        arguments["eval_prompts"], message = [], "eval_prompts: a list without"
     elif case == "student is the teacher":
         student = pipe.text_encoder_2
         message = "T5EncoderModel; expected a SlimT5Encoder"

@@ -9,9 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache import TeacherCache
+    from .cached import cache_teacher, cached_teacher, free_teacher
     from .config import DistillConfig
     from .losses import EmbeddingLoss, VelocityLoss
     from .metrics import VelocityGap, velocity_gap
+    from .prompts import (
+        GeneratedPrompts,
+        PromptList,
+        PromptMixture,
+        PromptSchedule,
+        split_held_out,
+    )
     from .trainer import DistillResult, train
     from .walk import Walk, capture
 
@@ -19,10 +28,19 @@ _MODULES = {
     "DistillConfig": "config",
     "DistillResult": "trainer",
     "EmbeddingLoss": "losses",
+    "GeneratedPrompts": "prompts",
+    "PromptList": "prompts",
+    "PromptMixture": "prompts",
+    "PromptSchedule": "prompts",
+    "TeacherCache": "cache",
     "VelocityGap": "metrics",
     "VelocityLoss": "losses",
     "Walk": "walk",
+    "cache_teacher": "cached",
+    "cached_teacher": "cached",
     "capture": "walk",
+    "free_teacher": "cached",
+    "split_held_out": "prompts",
     "train": "trainer",
     "velocity_gap": "metrics",
 }
@@ -31,10 +49,19 @@ __all__ = [
     "DistillConfig",
     "DistillResult",
     "EmbeddingLoss",
+    "GeneratedPrompts",
+    "PromptList",
+    "PromptMixture",
+    "PromptSchedule",
+    "TeacherCache",
     "VelocityGap",
     "VelocityLoss",
     "Walk",
+    "cache_teacher",
+    "cached_teacher",
     "capture",
+    "free_teacher",
+    "split_held_out",
     "train",
     "velocity_gap",
 ]
