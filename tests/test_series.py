@@ -52,7 +52,9 @@ def test_a_series_comes_to_what_its_runs_come_to(tmp_path: Path) -> None:
         assert of_series.teacher_rows == one.teacher_rows  # once for all
     for i, result in enumerate(series):
         loaded = SlimT5Encoder.from_pretrained(tmp_path / f"student-{i}")
-        assert torch.equal(loaded.final_projection[0].weight, students[i].final_projection[0].weight)
+        assert torch.equal(
+            loaded.final_projection[0].weight, students[i].final_projection[0].weight
+        )
         lines = (tmp_path / f"student-{i}" / "history.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == result.history
 
@@ -139,7 +141,11 @@ def test_trajectory_weights_choose_thirds() -> None:
     paper = {"reservoir_walks": 0, "eval_every": 1, "max_steps": 3}
     plain = train(pipe, tiny_student(pipe), PROMPTS, config(**paper), **arguments)
     first = train(
-        pipe, tiny_student(pipe), PROMPTS, config(**paper, trajectory_weights=(1, 0, 0)), **arguments
+        pipe,
+        tiny_student(pipe),
+        PROMPTS,
+        config(**paper, trajectory_weights=(1, 0, 0)),
+        **arguments,
     )
     losses = [entry["loss"] for entry in first.history]
     assert losses[0] == pytest.approx(3 * plain.history[0]["loss"]) and losses[1:] == [0, 0]

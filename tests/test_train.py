@@ -238,7 +238,7 @@ def test_lanes_learn_the_same_however_they_are_spread(name: str, reservoir: int)
             for update, targets in enumerate(updates):
                 for batch in examples.batches(update, walked=True):
                     assert batch.call is not None
-                    targets += [target for target in batch.call.target]
+                    targets += list(batch.call.target)
         sums = [sorted(t.double().abs().sum().item() for t in targets) for targets in updates]
         return [torch.tensor(values) for values in sums]
 
@@ -373,7 +373,7 @@ def test_output_dir_holds_the_student_and_its_story(tmp_path: Path) -> None:
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds) and result.seconds == seconds[-1]
     facts = json.loads((out / "distillation.json").read_text())
-    assert facts["pipeline"] == "FluxPipeline" and facts["prompts"]["count"] == 4
+    assert facts["pipeline"] == "FluxPipeline" and facts["prompts"]["prompts"] == 4
     assert facts["config"]["max_steps"] == 5 and facts["result"]["gap"] == result.gap
 
 
@@ -432,7 +432,7 @@ def test_bad_input_is_refused_before_anything_happens(case: str, tmp_path: Path)
     small = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     out = tmp_path / "out"
     if case == "no prompts":
-        prompts, message = [], "prompts is a list without a prompt"
+        prompts, message = [], "prompts: a list without a prompt"
     elif case == "blank prompts":
         prompts, message = ["", " \n"], "without a prompt"
     elif case == "empty file":
@@ -443,7 +443,7 @@ def test_bad_input_is_refused_before_anything_happens(case: str, tmp_path: Path)
     elif case == "not strings":
         prompts, message = ["a", 3], "holds 3; expected strings"
     elif case == "empty eval":
-        arguments["eval_prompts"], message = [], "eval_prompts is a list without"
+        arguments["eval_prompts"], message = [], "eval_prompts: a list without"
     elif case == "student is the teacher":
         student = pipe.text_encoder_2
         message = "T5EncoderModel; expected a SlimT5Encoder"

@@ -9,9 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache import TeacherCache
+    from .cached import cache_teacher, cached_teacher, free_teacher
     from .config import DistillConfig, Term
     from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
     from .metrics import VelocityGap, velocity_gap
+    from .prompts import (
+        GeneratedPrompts,
+        PromptList,
+        PromptMixture,
+        PromptSchedule,
+        split_held_out,
+    )
     from .trainer import DistillResult, train
     from .walk import Walk, capture
 
@@ -21,10 +30,19 @@ _MODULES = {
     "EmbeddingLoss": "losses",
     "RelationalLoss": "losses",
     "Term": "config",
+    "GeneratedPrompts": "prompts",
+    "PromptList": "prompts",
+    "PromptMixture": "prompts",
+    "PromptSchedule": "prompts",
+    "TeacherCache": "cache",
     "VelocityGap": "metrics",
     "VelocityLoss": "losses",
     "Walk": "walk",
+    "cache_teacher": "cached",
+    "cached_teacher": "cached",
     "capture": "walk",
+    "free_teacher": "cached",
+    "split_held_out": "prompts",
     "train": "trainer",
     "velocity_gap": "metrics",
 }
@@ -33,12 +51,21 @@ __all__ = [
     "DistillConfig",
     "DistillResult",
     "EmbeddingLoss",
+    "GeneratedPrompts",
+    "PromptList",
+    "PromptMixture",
+    "PromptSchedule",
     "RelationalLoss",
+    "TeacherCache",
     "Term",
     "VelocityGap",
     "VelocityLoss",
     "Walk",
+    "cache_teacher",
+    "cached_teacher",
     "capture",
+    "free_teacher",
+    "split_held_out",
     "train",
     "velocity_gap",
 ]

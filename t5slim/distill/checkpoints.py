@@ -118,7 +118,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """To the disk, before anything is renamed: a power cut must not leave a name without content."""
+    """To the disk before anything is renamed: no power cut may leave a name without content."""
     if os.name == "nt" and path.is_dir():
         return  # Windows syncs no folders
     descriptor = os.open(path, os.O_RDONLY)

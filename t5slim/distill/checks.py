@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,34 +11,9 @@ from ..compatibility import check_compatible
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from .config import DistillConfig
+from .prompts import Prompts as Prompts
+from .prompts import load_prompts as load_prompts
 from .walk import DENOISERS, teacher_of
-
-Prompts = Sequence[str] | str | os.PathLike[str]
-
-
-def load_prompts(prompts: Prompts, name: str) -> list[str]:
-    """A list of prompts, or the lines of a text file, without surrounding white space and blank
-    ones.
-    """
-    if isinstance(prompts, (str, os.PathLike)):
-        path = Path(prompts)
-        if not path.is_file():
-            raise DistillError(
-                f"{name} is {str(prompts)!r}, and there is no such file. Pass a list of prompts, "
-                "or the path of a text file with one on each line."
-            )
-        lines = path.read_text(encoding="utf-8").splitlines()
-        source = f"the file {path}"
-    else:
-        lines = list(prompts)
-        source = "a list"
-        for line in lines:
-            if not isinstance(line, str):
-                raise DistillError(f"{name} holds {line!r}; expected strings.")
-    kept = [line.strip() for line in lines if line.strip()]
-    if not kept:
-        raise DistillError(f"{name} is {source} without a prompt in it; at least one is needed.")
-    return kept
 
 
 def check_student(pipe: Any, student: nn.Module) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +126,8 @@ class Examples:
         self._lanes = size * groups * self._processes
         if 0 < config.reservoir_walks < self._lanes:
             raise DistillError(
-                f"reservoir_walks is {config.reservoir_walks}, but {self._lanes} prompts are walked "
-                f"together (batch_size {size} x gradient_accumulation_steps {groups} x "
+                f"reservoir_walks is {config.reservoir_walks}, but {self._lanes} prompts are "
+                f"walked together (batch_size {size} x gradient_accumulation_steps {groups} x "
                 f"{self._processes} processes): make it at least that, or 0."
             )
         # A group goes through the denoiser together, always the same lanes.
@@ -183,16 +183,18 @@ class Examples:
         (chosen,) = self._random("call", update).choices(calls, weights=list(map(len, calls)))
         if isinstance(chosen.call, WalkedCall):
             return _whole(chosen, self._device)
-        alike = [
-            c for c in calls if isinstance(c.call, Rows) and c.call.signature == chosen.call.signature
-        ]
-        picks = []
+        kind = chosen.call.signature
+        alike = [c for c in calls if isinstance(c.call, Rows) and c.call.signature == kind]
+        picks: list[tuple[Rows, int]] = []
+        thirds = []
         for place, lane in enumerate(self._groups[group]):
             source = self._random("row", update, lane)
-            call = source.choice(alike)
-            picks.append((call, source.choice(call.rows_of_lane[place])))
-        rows = collate([(call.call, row) for call, row in picks])
-        return Batch(rows.prompts, self._device, rows, torch.tensor([c.third for c, _ in picks]))
+            drawn = source.choice(alike)
+            assert isinstance(drawn.call, Rows)
+            picks.append((drawn.call, source.choice(drawn.rows_of_lane[place])))
+            thirds.append(drawn.third)
+        rows = collate(picks)
+        return Batch(rows.prompts, self._device, rows, torch.tensor(thirds))
 
     def _read(self, update: int, lanes: list[int]) -> Batch:
         first = (self._readings - 1) * self._lanes
@@ -225,7 +227,7 @@ class Examples:
             autocast_dtype=config.autocast_dtype,
         )  # fmt: skip
         self.teacher_rows += walk.denoiser_rows * self._processes
-        calls: list[Rows] | list[WalkedCall]
+        calls: Sequence[Rows | WalkedCall]
         try:
             calls = split_walk(self._pipe, walk, self._table)
         except NotAGather as reason:
@@ -271,11 +273,11 @@ class Examples:
     def _tokenize(self, prompts: list[str]) -> list[int]:
         """Number prompts, tokenized as the pipeline does it."""
         calls: list[list[int]] = []
+        dtype: Any = teacher_of(self._pipe).dtype
 
         def note(_: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
             calls.append(self._table.numbers(input_ids, attention_mask))
-            shape = (*input_ids.shape, self._width)
-            return torch.zeros(shape, dtype=teacher_of(self._pipe).dtype, device=input_ids.device)
+            return torch.zeros(*input_ids.shape, self._width, dtype=dtype, device=input_ids.device)
 
         tokenize(self._pipe, prompts, self._kwargs, note)
         # Negative prompts are encoded after the prompts.

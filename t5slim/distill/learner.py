@@ -54,9 +54,7 @@ class Learner:
         )
         # torch's own and not accelerate's, which fixes the precision once for a process: a notebook
         # that trains a second time with another one would be refused.
-        self._scaler = torch.amp.GradScaler(
-            device.type, enabled=config.mixed_precision == "fp16"
-        )
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Call the student, under the run's precision."""
@@ -64,7 +62,7 @@ class Learner:
             return self._model(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a batch to those of the update; with its last, over all processes."""
+        """Add the gradients of a batch to the update's; with its last, those of all processes."""
         sync: AbstractContextManager[Any] = (
             nullcontext() if last else self._accelerator.no_sync(self._model)
         )
@@ -109,7 +107,9 @@ class Learner:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values, from which `restore` goes on bitwise."""
-        tensors = {f"student.{k}": v for k, v in self.student.named_parameters()}
+        tensors: dict[str, Tensor] = {
+            f"student.{k}": v for k, v in self.student.named_parameters()
+        }
         if self.average is not self.student:
             tensors |= {f"average.{k}": v for k, v in self.average.named_parameters()}
         plain: dict[str, Any] = {"scaler": self._scaler.state_dict()}
@@ -157,7 +157,7 @@ class Learner:
         return zip(self.student.parameters(), self.average.parameters(), strict=True)
 
 
-def make_optimizer(parameters: list[Tensor], config: DistillConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[torch.nn.Parameter], config: DistillConfig) -> torch.optim.Optimizer:
     """The optimizer that `config.optimizer` names.
 
     Raises:

@@ -67,9 +67,7 @@ class Objective:
             assert batch.call is not None
             if isinstance(batch.call, Rows):
                 assert rows is not None
-                prediction = predict(
-                    self._pipe, batch.call, rows[of_prompt], self._autocast_dtype
-                )
+                prediction = predict(self._pipe, batch.call, rows[of_prompt], self._autocast_dtype)
             else:
                 prediction = predict_through_pipeline(
                     self._pipe,

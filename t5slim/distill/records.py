@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from .config import DistillConfig
+from .prompts import PromptList, PromptSource
 
 CHECKPOINTS = "checkpoints"
 HISTORY_FILE = "history.jsonl"
@@ -30,7 +30,7 @@ def run_facts(
     students: Sequence[SlimT5Encoder],
     config: DistillConfig,
     pipeline_kwargs: dict[str, Any],
-    prompts: dict[str, Any],
+    prompts: PromptSource,
     eval_prompts: list[str] | None,
     processes: int,
 ) -> dict[str, Any]:
@@ -47,17 +47,11 @@ def run_facts(
         "config": config.to_dict(),
         "prompts_per_update": batch,
         "pipeline_kwargs": pipeline_kwargs,
-        "prompts": prompts,
-        "eval_prompts": None if eval_prompts is None else fingerprint(eval_prompts),
+        "prompts": _prompt_facts(prompts),
+        "eval_prompts": None if eval_prompts is None else _prompt_facts(PromptList(eval_prompts)),
         "versions": {name: _version(name) for name in packages},
     }
     return json.loads(json.dumps(facts, default=str))
-
-
-def fingerprint(prompts: Sequence[str]) -> dict[str, Any]:
-    """How many prompts, and their SHA-256."""
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    return {"count": len(prompts), "sha256": digest}
 
 
 def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
@@ -143,6 +137,10 @@ class Records:
             self._folder.mkdir(parents=True, exist_ok=True)
             content = {**self._facts, "result": outcome}
             _write(self._folder / METADATA_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def _prompt_facts(prompts: PromptSource) -> dict[str, Any]:
+    return {**prompts.facts(), "sha256": prompts.fingerprint()}
 
 
 def _what_counts(facts: dict[str, Any]) -> dict[str, Any]:

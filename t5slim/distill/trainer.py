@@ -28,7 +28,7 @@ from .examples import Examples
 from .learner import Learner
 from .metrics import VelocityGap
 from .objective import Objective
-from .prompts import Prompts, PromptSource, load_prompts, prompt_source
+from .prompts import Prompts, PromptSchedule, PromptSource, load_prompts, prompt_source
 from .records import CHECKPOINTS, Records, check_output_dir, check_same_run, run_facts
 from .states import cpu_attention, frozen, master_weights
 from .teacher import PromptTable
@@ -67,14 +67,28 @@ class DistillResult:
 
 @overload
 def train(
-    pipe: Any, student: SlimT5Encoder, prompts: Prompts, config: DistillConfig | None = None,
-    **options: Any,
-) -> DistillResult: ...  # fmt: skip
+    pipe: Any,
+    student: SlimT5Encoder,
+    prompts: Prompts,
+    config: DistillConfig | None = None,
+    *,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+    eval_prompts: Prompts | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> DistillResult: ...
 @overload
 def train(
-    pipe: Any, student: Sequence[SlimT5Encoder], prompts: Prompts,
-    config: DistillConfig | None = None, **options: Any,
-) -> list[DistillResult]: ...  # fmt: skip
+    pipe: Any,
+    student: Sequence[SlimT5Encoder],
+    prompts: Prompts,
+    config: DistillConfig | None = None,
+    *,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+    eval_prompts: Prompts | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> list[DistillResult]: ...
 def train(
     pipe: Any,
     student: SlimT5Encoder | Sequence[SlimT5Encoder],
@@ -137,6 +151,8 @@ def train(
     kwargs = dict(pipeline_kwargs or {})
     students = list(student) if isinstance(student, Sequence) else [student]
     source = prompt_source(prompts)
+    if isinstance(source, PromptSchedule):
+        source.check_updates(config.max_steps)
     held_out = None if eval_prompts is None else load_prompts(eval_prompts, "eval_prompts")
     if not students:
         raise DistillError("There is no student to distil: the list of them is empty.")
@@ -144,9 +160,7 @@ def train(
         check_trainable(pipe, one, config)
     check_pipeline_kwargs(pipe, kwargs)
     accelerator = Accelerator()
-    facts = run_facts(
-        pipe, students, config, kwargs, source.facts(), held_out, accelerator.num_processes
-    )
+    facts = run_facts(pipe, students, config, kwargs, source, held_out, accelerator.num_processes)
     folder = None if output_dir is None else Path(output_dir)
     if resume and folder is None:
         raise DistillError("resume=True needs the output_dir of the run that is to go on.")
@@ -397,11 +411,11 @@ def _interruptible() -> Iterator[Callable[[], int | None]]:
     The update under way is finished first; a second signal does what it always does.
     """
     came: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def note(number: int, _: Any) -> None:
         came.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
