@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
@@ -20,6 +19,7 @@ from .slot import (
     denoiser_text_width,
     fill_slot,
     find_text_slot,
+    free_memory,
     offload_paused,
     restore_slot,
 )
@@ -222,11 +222,8 @@ def _patch(
         fill_slot(pipe, slot, student)
     pipe._t5slim_patch = patch
     if not patch.reversible:
-        # The hooks of offload make cycles: T5-XXL would stay until some later collection.
         del teacher
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        free_memory()
     return pipe
 
 

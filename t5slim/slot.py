@@ -8,6 +8,7 @@ because T5 was skipped when the pipeline was loaded, from the annotations of the
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import NoT5SlotError, PatchError
@@ -140,6 +142,16 @@ def restore_slot(pipe: Any, slot: TextSlot, host: nn.Module | None, entry: Any =
         registry = part.__dict__.pop("_diffusers_hook", None)
         for name in list(registry.hooks) if registry is not None else ():
             registry.remove_hook(name, recurse=False)
+
+
+def free_memory() -> None:
+    """Give back the memory of a module that has left a slot, and that nothing refers to any more.
+
+    The hooks of offload make cycles: T5-XXL would stay until some later collection.
+    """
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def check_device_map(device_map: Any) -> None:

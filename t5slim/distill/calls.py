@@ -1,13 +1,15 @@
-"""Calls of the encoder and the denoiser, and the tensors in their arguments and answers."""
+"""Calls of the encoder and the denoiser: made, overheard, and the tensors in them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Path = tuple[Any, ...]  # keys and indices that lead to a tensor, such as ("added_cond_kwargs", "x")
 
@@ -54,6 +56,34 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
     if isinstance(output, Tensor):
         return tensor
     return (tensor, *output[1:]) if isinstance(output, tuple) else type(output)(tensor)
+
+
+@contextmanager
+def intercept(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Let `function(forward, *args, **kwargs)` stand for the module's `forward`.
+
+    On the instance, where accelerate's offload hooks put theirs too: `forward` is the hooked one.
+    """
+    before = module.__dict__.get("forward")
+    module.forward = partial(function, module.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before  # type: ignore[method-assign]
+
+
+def by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Every argument of a method's call, also the positional ones, under its name."""
+    arguments = dict(signature.bind(None, *args, **kwargs).arguments)
+    arguments.pop("self")
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
 
 
 def map_tensors(tree: Any, function: Callable[[Path, Tensor], Any], path: Path = ()) -> Any:

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..slot import find_text_slot
 from .calls import call_encoder
 from .checks import Prompts, check_student, load_prompts
 from .fallback import predict_through_pipeline
 from .losses import VelocityLoss
 from .replay import NO_PROMPT, Rows, predict, split_walk
-from .teacher import PromptTable, encode_prompts
+from .teacher import PromptTable, encode_prompts, tokenize_empty
 from .trace import NotAGather
-from .walk import Walk, capture
+from .walk import Walk, capture, teacher_of
 
 
 def velocity_gap(
@@ -173,13 +172,6 @@ class VelocityGap:
         (S, D).
         """
         call = walk.slot_calls[0]
-        slot = find_text_slot(self._pipe)
-        tokens = getattr(self._pipe, slot.tokenizer_name)(
-            [""], padding="max_length", max_length=call.input_ids.shape[1], return_tensors="pt"
-        )
-        ids = tokens.input_ids.to(call.input_ids)
-        mask = None
-        if call.attention_mask is not None:
-            mask = tokens.attention_mask.to(call.attention_mask)
-        rows = self._table.teacher_rows(getattr(self._pipe, slot.name), ids, mask)
+        ids, mask = tokenize_empty(self._pipe, call.input_ids, call.attention_mask)
+        rows = self._table.teacher_rows(teacher_of(self._pipe), ids, mask)
         return self._table.numbers(ids, mask)[0], rows[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..slot import find_text_slot
 from .calls import call_encoder
 
 # Of the teacher's rows, in host memory: 0.6 MB for a prompt of 77 tokens and 4096 channels in
@@ -22,10 +24,14 @@ class PromptTable:
     A prompt is what the encoder sees of it, ids and mask, so the empty prompt that classifier-free
     guidance adds to every batch is one entry. Ids and masks stay; the teacher's rows stay up to
     `MAX_ROWS_BYTES`, and those that were longest not asked for make room.
+
+    The rows of a prompt depend on nothing but the prompt, bit for bit: not on the batch that it
+    came in, nor on what was asked before. So a run that was resumed sees the rows of one that
+    wasn't.
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[tuple[bytes, bytes | None], int] = {}
+        self._numbers: dict[str, int] = {}
         self._ids: list[Tensor] = []
         self._masks: list[Tensor | None] = []
         self._rows: OrderedDict[int, Tensor] = OrderedDict()
@@ -42,17 +48,20 @@ class PromptTable:
             attention_mask: (B, S), or None.
         """
         ids = input_ids.to("cpu", torch.int32)
-        masks = None if attention_mask is None else attention_mask.to("cpu")
+        mask = None if attention_mask is None else attention_mask.to("cpu")
         numbers = []
-        for i in range(len(ids)):
-            mask = None if masks is None else masks[i].clone()
-            key = (ids[i].numpy().tobytes(), None if mask is None else mask.numpy().tobytes())
+        for i, key in enumerate(prompt_keys(ids, mask)):
             if key not in self._numbers:
                 self._numbers[key] = len(self._ids)
                 self._ids.append(ids[i].clone())
-                self._masks.append(mask)
+                self._masks.append(None if mask is None else mask[i].clone())
             numbers.append(self._numbers[key])
         return numbers
+
+    @property
+    def keys(self) -> list[str]:
+        """What `prompt_keys` calls each prompt, by number."""
+        return list(self._numbers)
 
     def batch(self, numbers: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Ids (B, S) and mask (B, S) or None of the prompts with these numbers."""
@@ -65,27 +74,51 @@ class PromptTable:
     ) -> Tensor:
         """The teacher's rows for a batch, (B, S, D): remembered, or asked for with `forward`."""
         numbers = self.numbers(input_ids, attention_mask)
-        missing = [i for i, n in enumerate(numbers) if n not in self._rows and n not in numbers[:i]]
-        fresh: dict[int, Tensor] = {}
-        if missing:
-            with torch.no_grad():
-                rows = call_encoder(
-                    forward,
-                    input_ids[missing],
-                    None if attention_mask is None else attention_mask[missing],
-                )
-            fresh = {numbers[i]: row for i, row in zip(missing, rows, strict=True)}
-        result = torch.stack(
-            [fresh[n] if n in fresh else self._rows[n].to(input_ids.device) for n in numbers]
-        )
-        for n, row in fresh.items():
-            self._rows[n] = row.to("cpu", copy=True)
-            self._bytes += row.nbytes
-        for n in numbers:
+        for i, n in enumerate(numbers):
+            if n not in self._rows:
+                # One at a time: the matrix products of a batch round as its size has it. That costs
+                # nothing to speak of, as reading T5-XXL's 9.5 GB takes milliseconds and a prompt's
+                # walk seconds.
+                mask = None if attention_mask is None else attention_mask[i : i + 1]
+                with torch.no_grad():
+                    (row,) = call_encoder(forward, input_ids[i : i + 1], mask)
+                self._rows[n] = row.to("cpu", copy=True)
+                self._bytes += row.nbytes
             self._rows.move_to_end(n)
+        result = torch.stack([self._rows[n] for n in numbers]).to(input_ids.device)
         while self._bytes > MAX_ROWS_BYTES and len(self._rows) > 1:
             self._bytes -= self._rows.popitem(last=False)[1].nbytes
         return result
+
+
+def prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
+    """What names each prompt of a batch on every machine: SHA-256 of its ids and its mask, in hex.
+
+    Args:
+        input_ids: (B, S), integers.
+        attention_mask: (B, S), or None, which is another prompt than a mask of ones.
+    """
+    ids = input_ids.to("cpu", torch.int32).numpy()
+    masks = None if attention_mask is None else attention_mask.to("cpu", torch.bool).numpy()
+    keys = []
+    for i in range(len(ids)):
+        content = hashlib.sha256(ids[i].tobytes())
+        if masks is not None:
+            content.update(b"mask" + masks[i].tobytes())
+        keys.append(content.hexdigest())
+    return keys
+
+
+def tokenize_empty(
+    pipe: Any, input_ids: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The empty prompt, ids and mask (1, S), padded as those of the batch that was passed."""
+    tokenizer = getattr(pipe, find_text_slot(pipe).tokenizer_name)
+    tokens = tokenizer(
+        [""], padding="max_length", max_length=input_ids.shape[1], return_tensors="pt"
+    )
+    mask = None if attention_mask is None else tokens.attention_mask.to(attention_mask)
+    return tokens.input_ids.to(input_ids), mask
 
 
 def encode_prompts(

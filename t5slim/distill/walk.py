@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,11 @@ from ..errors import DistillError
 from ..slot import find_text_slot
 from .calls import (
     CopyOnce,
+    by_name,
     call_denoiser,
     call_encoder,
     first_tensor,
+    intercept,
     map_tensors,
     with_first_tensor,
 )
@@ -170,7 +172,10 @@ def tokenize(
     pipeline_kwargs: Mapping[str, Any],
     encode: Encode,
 ) -> None:
-    """Run `pipe` up to its first denoiser call: `encode` sees the prompts as it tokenizes them."""
+    """Run `pipe` up to its first denoiser call: `encode` sees the prompts as it tokenizes them.
+
+    The denoiser needn't be loaded (see `_any_denoiser`).
+    """
 
     class Reached(Exception):
         pass
@@ -178,10 +183,39 @@ def tokenize(
     def stop(*_: Any) -> Any:
         raise Reached
 
-    try:
+    with suppress(Reached), _any_denoiser(pipe):
         run_pipeline(pipe, prompts, pipeline_kwargs, 0, encode=encode, denoise=stop)
-    except Reached:
-        pipe.maybe_free_model_hooks()  # the end of the pipeline's call, which was not reached
+    pipe.maybe_free_model_hooks()  # the end of the pipeline's call, which was not reached
+
+
+@contextmanager
+def _any_denoiser(pipe: Any) -> Iterator[None]:
+    """For a pipeline that was loaded without its denoiser, one without weights.
+
+    Pipelines ask it for the size of the latents, which the text doesn't depend on: so it has the
+    settings that its class has by default.
+    """
+    hints = get_type_hints(type(pipe).__init__)
+    name = next((name for name in DENOISERS if name in hints), None)
+    if name is None or any(getattr(pipe, denoiser, None) is not None for denoiser in DENOISERS):
+        yield
+        return
+    hint = hints[name]
+    (cls,) = (c for c in get_args(hint) or (hint,) if c is not type(None))
+    try:
+        with torch.device("meta"):
+            denoiser = cls()
+    except Exception as error:
+        raise DistillError(
+            f"{type(pipe).__name__}.{name} is None, and {cls.__name__} has no settings of its own "
+            f"that could stand for it: load the pipeline with its {name}."
+        ) from error
+    # Not the pipeline's own `__setattr__`, which would note it in model_index.json.
+    object.__setattr__(pipe, name, denoiser)
+    try:
+        yield
+    finally:
+        object.__setattr__(pipe, name, None)
 
 
 def run_pipeline(
@@ -236,7 +270,7 @@ def run_pipeline(
         signature = inspect.signature(cls.forward)
 
         def named_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            arguments = _by_name(signature, args, kwargs)
+            arguments = by_name(signature, args, kwargs)
             if zero_pooled and arguments.get("pooled_projections") is not None:
                 arguments["pooled_projections"] = torch.zeros_like(arguments["pooled_projections"])
             return denoise(name, forward, arguments)
@@ -246,11 +280,11 @@ def run_pipeline(
     call = partial(undecorated_call(pipe), pipe) if grad else pipe
     with ExitStack() as stack:
         stack.enter_context(_quiet(pipe))
-        stack.enter_context(_intercept(encoder, encoder_forward))
+        stack.enter_context(intercept(encoder, encoder_forward))
         for name in DENOISERS:
             module = getattr(pipe, name, None)
             if isinstance(module, nn.Module):
-                stack.enter_context(_intercept(module, denoiser_forward(name, module)))
+                stack.enter_context(intercept(module, denoiser_forward(name, module)))
         if isinstance(seed, int):
             generator: Any = torch.Generator().manual_seed(seed)
         else:
@@ -271,7 +305,8 @@ def teacher_of(pipe: Any) -> nn.Module:
     if encoder is None:
         raise DistillError(
             f"{type(pipe).__name__}.{slot.name} is None: there is no teacher to learn from. Load "
-            "the pipeline with its T5."
+            "the pipeline with its T5; or, where its rows were cached, work within "
+            "`with t5slim.distill.cached_teacher(pipe, folder):`."
         )
     return encoder
 
@@ -307,33 +342,6 @@ def undecorated_call(pipe: Any) -> Callable[..., Any]:
             "of diffusers are: gradients can't be led through it."
         )
     return call
-
-
-def _by_name(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    arguments = dict(signature.bind(None, *args, **kwargs).arguments)
-    arguments.pop("self")
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(name, {})
-    return arguments
-
-
-@contextmanager
-def _intercept(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Let `function(forward, *args, **kwargs)` stand for the module's `forward`.
-
-    On the instance, where accelerate's offload hooks put theirs too: `forward` is the hooked one.
-    """
-    before = module.__dict__.get("forward")
-    module.forward = partial(function, module.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before  # type: ignore[method-assign]
 
 
 @contextmanager
