@@ -107,9 +107,7 @@ class Learner:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values, from which `restore` goes on bitwise."""
-        tensors: dict[str, Tensor] = {
-            f"student.{k}": v for k, v in self.student.named_parameters()
-        }
+        tensors: dict[str, Tensor] = {f"student.{k}": v for k, v in self.student.named_parameters()}
         if self.average is not self.student:
             tensors |= {f"average.{k}": v for k, v in self.average.named_parameters()}
         plain: dict[str, Any] = {"scaler": self._scaler.state_dict()}
@@ -157,7 +155,9 @@ class Learner:
         return zip(self.student.parameters(), self.average.parameters(), strict=True)
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: DistillConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: list[torch.nn.Parameter], config: DistillConfig
+) -> torch.optim.Optimizer:
     """The optimizer that `config.optimizer` names.
 
     Raises:
