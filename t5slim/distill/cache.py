@@ -84,7 +84,10 @@ class TeacherCache:
         self.refresh()
 
     def _create(self, file: Path, teacher: Mapping[str, Any]) -> None:
-        if self.folder.exists() and any(f.name[0] != "." for f in self.folder.iterdir()):
+        names = os.listdir(self.folder) if self.folder.exists() else []
+        if file.name in names:  # another process was faster
+            return
+        if any(not name.startswith(".") for name in names):
             raise DistillError(
                 f"{str(self.folder)!r} holds other files, and no {TEACHER_FILE}: it is no cache of "
                 "a teacher's rows. Pass a new or empty folder."

@@ -68,7 +68,8 @@ def cache_teacher(
     this is a check, to be made before a long run.
 
     Args:
-        pipe: a pipeline with the teacher in its text slot, under offload or not.
+        pipe: a pipeline with the teacher in its text slot, under offload or not, and in the dtype
+            in which it will run: T5's rows are cached in T5's.
         prompts: a list, or a text file with one on each line; those to be evaluated, too.
         folder: a new one, or one that holds rows of the same teacher.
         pipeline_kwargs: how the pipeline will be called, as for `capture`.
