@@ -232,6 +232,8 @@ def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "photo.png").touch()
     with pytest.raises(DistillError, match="holds other files"):
         cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs)
+    with pytest.raises(DistillError, match=r"Can't write teacher\.json"):
+        cache_teacher(pipe, PROMPTS, tmp_path / "photo.png", pipeline_kwargs=kwargs)
     with pytest.raises(DistillError, match="doesn't take"):
         cache_teacher(pipe, PROMPTS, tmp_path / "new", pipeline_kwargs={"heihgt": 16})
     free_teacher(pipe)

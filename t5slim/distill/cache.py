@@ -84,7 +84,7 @@ class TeacherCache:
         self.refresh()
 
     def _create(self, file: Path, teacher: Mapping[str, Any]) -> None:
-        names = os.listdir(self.folder) if self.folder.exists() else []
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
         if file.name in names:  # another process was faster
             return
         if any(not name.startswith(".") for name in names):
@@ -226,7 +226,8 @@ class TeacherCache:
                 os.fsync(file.fileno())
             os.replace(temporary, self.folder / name)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise DistillError(
                 f"Can't write {name} to {str(self.folder)!r}: {error}. What was cached before is "
                 "intact, and the same call goes on from there."
