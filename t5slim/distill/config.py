@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import LoggerType  # type: ignore[import-untyped]
 
 from ..errors import ConfigError
 
@@ -83,6 +84,13 @@ class DistillConfig:
             scaled loss; weights, gradients and the optimizer stay in float32.
         gradient_checkpointing: of the denoiser: less memory for a second forward pass.
         eval_every: updates between two evaluations on `eval_prompts`.
+        samples_every: updates between two sheets of sample pictures, teacher and student side by
+            side, in `output_dir/samples`; 0: none. They are whole pictures, painted and decoded by
+            the pipeline, of the first `eval_prompts`.
+        sample_prompts: how many of these.
+        trackers: where the run is shown, by accelerate's names: "tensorboard", "wandb", ... None:
+            TensorBoard, if it is installed and there is an `output_dir`. `history.jsonl` is written
+            in any case.
         checkpoint_every: updates between two checkpoints to resume from, if there is an
             `output_dir`.
         keep_checkpoints: how many of them are kept, the newest.
@@ -114,19 +122,29 @@ class DistillConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     eval_every: int = 500
+    samples_every: int = 0
+    sample_prompts: int = 4
+    trackers: tuple[str, ...] | None = None
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.trackers is not None:
+            given: Any = self.trackers
+            names = (given,) if isinstance(given, str) else tuple(given)
+            object.__setattr__(self, "trackers", names)
+            known = [name for name in map(str, LoggerType) if name != "all"]
+            expected = f"names among {', '.join(known)}; () for none"
+            self._check("trackers", set(known).issuperset, expected)
         for name in ("guidance_scales", "trajectory_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in (
             "max_steps", "batch_size", "gradient_accumulation_steps", "max_skipped_updates",
-            "eval_every", "checkpoint_every", "keep_checkpoints",
+            "eval_every", "sample_prompts", "checkpoint_every", "keep_checkpoints",
         ):  # fmt: skip
             self._check(name, lambda v: _is_int(v) and v > 0, "an integer above 0")
-        for name in ("warmup_steps", "reservoir_walks"):
+        for name in ("warmup_steps", "reservoir_walks", "samples_every"):
             self._check(name, lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
         self._check("seed", _is_int, "an integer")
         for name in ("learning_rate", "max_grad_norm", "reuse"):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..errors import DistillError
-from .calls import call_encoder
+from ..slot import find_text_slot
 from .checks import Prompts, check_student, load_prompts
 from .fallback import predict_through_pipeline
 from .losses import VelocityLoss
 from .replay import NO_PROMPT, Rows, predict, split_walk
+from .states import evaluating
 from .teacher import PromptTable, encode_prompts, tokenize_empty
 from .trace import NotAGather
 from .walk import Walk, capture, teacher_of
@@ -40,7 +44,7 @@ def velocity_gap(
 
     Args:
         pipe: a pipeline with the teacher in its text slot; its dtype is the precision of the
-        measure.
+            measure.
         student: an encoder for that slot, on the pipeline's device.
         prompts: prompts that the student wasn't trained on, as a list or a text file.
         pipeline_kwargs: how the pipeline is called, as for `capture`.
@@ -60,6 +64,45 @@ def velocity_gap(
     return VelocityGap(
         pipe, prompts, pipeline_kwargs=pipeline_kwargs, seed=seed, batch_size=batch_size
     )(student)
+
+
+@dataclass(frozen=True)
+class GapReport:
+    """A velocity gap, and where it comes from.
+
+    Attributes:
+        gap: the velocity gap: 0 is the teacher, 1 an empty prompt.
+        thirds: the gap of the first, middle and last third of the trajectory alone; None for a
+            third without a step.
+        spread: how far the student's rows are apart between prompts, over the same of the
+            teacher's: 1 is the teacher's, 0 that all prompts are told the same (a collapse). The
+            root of the rows' variance between the prompts that are walked together, at each
+            position; of pipelines that mask the padding, without it. None for a single prompt.
+        real_tokens: the gap if only the rows of the prompts' own tokens, with the one that ends
+            them, are the student's, and those of the padding the teacher's. None if not asked for.
+        padding: the gap if only the rows of the padding are the student's. Both together come to
+            less or more than `gap`, as the denoiser isn't linear.
+    """
+
+    gap: float
+    thirds: tuple[float | None, float | None, float | None]
+    spread: float | None
+    real_tokens: float | None = None
+    padding: float | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Prompts that were walked together.
+
+    Attributes:
+        numbers: those of their prompts that aren't empty.
+        calls: the rows of each denoiser call, None where all are those of the empty prompt; or the
+            walk, where the pipeline is no gather.
+    """
+
+    numbers: list[int]
+    calls: list[Rows | None] | Walk
 
 
 class VelocityGap:
@@ -83,89 +126,154 @@ class VelocityGap:
         prompts = load_prompts(prompts, "prompts")
         self._pipe = pipe
         self._table = PromptTable()
-        self._parts: list[list[Rows] | Walk] = []  # a Walk where the pipeline is no gather
-        for i, start in enumerate(range(0, len(prompts), batch_size)):
+        self._parts: list[_Part] = []
+        starts = range(0, len(prompts), batch_size)
+        for i, start in enumerate(tqdm(starts, desc="walk for the velocity gap", leave=False)):
             walk = capture(
                 pipe, prompts[start : start + batch_size],
                 pipeline_kwargs=pipeline_kwargs, seed=seed + i, encode=self._table.teacher_rows,
             )  # fmt: skip
-            self._empty, self._empty_rows = self._encode_empty_prompt(walk)
-            try:
-                calls = split_walk(pipe, walk, self._table)
-            except NotAGather:
-                self._parts.append(walk)
-            else:
-                self._parts.append([rows for call in calls if (rows := self._prompted(call))])
-        self._denominator = self._distance(None)
-        if not self._denominator > 0:
+            self._parts.append(self._part(walk))
+        empty = self._empty_rows
+        self._denominators = self._distances(lambda numbers: empty.expand(len(numbers), -1, -1))
+        if not sum(self._denominators) > 0:
             raise DistillError(
                 "The denoiser predicts the same for these prompts as for an empty one, so that the "
                 "gap would divide by zero. Are the prompts empty, or the denoiser untrained?"
             )
+        self._teacher_spread = self._spread(self._teacher_rows)
 
     def __call__(self, student: nn.Module) -> float:
         """The gap of a student; its mode (train or eval) is as before when this returns."""
-        training = student.training
-        student.eval()
-        try:
-            return self._distance(student) / self._denominator
-        finally:
-            student.train(training)
+        return self.report(student).gap
+
+    def report(self, student: nn.Module, *, parts: bool = False) -> GapReport:
+        """The gap of a student, by thirds of the trajectory, and its spread.
+
+        Args:
+            student: its mode (train or eval) is as before when this returns.
+            parts: also measure real tokens and padding apart, for three times the denoiser passes.
+        """
+
+        def of_student(numbers: list[int]) -> Tensor:
+            return encode_prompts(student, self._table, numbers, self._device)
+
+        def mixed(real: bool) -> Callable[[list[int]], Tensor]:
+            def rows(numbers: list[int]) -> Tensor:
+                teacher = self._teacher_rows(numbers)
+                students = (self._real_tokens(numbers) == real)[..., None]
+                return torch.where(students, of_student(numbers).to(teacher.dtype), teacher)
+
+            return rows
+
+        with evaluating(student):
+            distances = self._distances(of_student)
+            spread = self._spread(of_student)
+            apart = [sum(self._distances(mixed(real))) for real in (True, False) if parts]
+        whole = sum(self._denominators)
+        first, middle, last = (
+            d / denominator if denominator else None
+            for d, denominator in zip(distances, self._denominators, strict=True)
+        )
+        return GapReport(
+            sum(distances) / whole,
+            (first, middle, last),
+            math.sqrt(spread / self._teacher_spread) if self._teacher_spread else None,
+            *(distance / whole for distance in apart),
+        )
+
+    # --- distances ---
 
     @torch.no_grad()
-    def _distance(self, student: nn.Module | None) -> float:
-        """Sum over all rows of the squared distance to the teacher's; None: of the empty prompt."""
+    def _distances(self, rows_of: Callable[[list[int]], Tensor]) -> list[float]:
+        """For each third of the trajectory, the sum over its rows of the squared distance to the
+        teacher's prediction, if the text is what `rows_of` says of prompts by number.
+        """
         loss = VelocityLoss()
-        total = 0.0
+        totals = [0.0, 0.0, 0.0]
         for part in self._parts:
-            pairs = (
-                self._replay_walk(part, student)
-                if isinstance(part, Walk)
-                else self._replay_rows(part, student)
-            )
-            for prediction, target in pairs:
-                total += loss(prediction, target).sum().item() * target[0].numel()
-        return total
+            replay = self._replay_walk if isinstance(part.calls, Walk) else self._replay_rows
+            for third, prediction, target in replay(part, rows_of):
+                totals[third] += loss(prediction, target).sum().item() * target[0].numel()
+        return totals
 
     def _replay_rows(
-        self, calls: list[Rows], student: nn.Module | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        numbers = sorted({n for rows in calls for n in rows.prompts})
-        device = calls[0].target.device
-        if student is not None:
-            embeddings = encode_prompts(student, self._table, numbers, device)
-        else:
-            embeddings = self._empty_rows.expand(len(numbers), -1, -1)
-        places = {n: i for i, n in enumerate(numbers)}
-        for rows in calls:
-            index = torch.tensor([places[n] for n in rows.prompts], device=device)
-            yield predict(self._pipe, rows, embeddings[index]), rows.target
+        self, part: _Part, rows_of: Callable[[list[int]], Tensor]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        assert not isinstance(part.calls, Walk)
+        rows = rows_of(part.numbers)
+        places = {number: i for i, number in enumerate(part.numbers)}
+        for i, call in enumerate(part.calls):
+            if call is not None:
+                index = torch.tensor([places[n] for n in call.prompts], device=self._device)
+                yield 3 * i // len(part.calls), predict(self._pipe, call, rows[index]), call.target
 
     def _replay_walk(
-        self, walk: Walk, student: nn.Module | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        slot_calls = iter(walk.slot_calls)
+        self, part: _Part, rows_of: Callable[[list[int]], Tensor]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        walk = part.calls
+        assert isinstance(walk, Walk)
 
         def encode(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-            teacher = next(slot_calls).rows
-            if student is None:
-                rows = self._empty_rows.expand_as(teacher)
-            else:
-                rows = call_encoder(student, input_ids, attention_mask)
+            teacher = self._table.teacher_rows(teacher_of(self._pipe), input_ids, attention_mask)
             numbers = self._table.numbers(input_ids, attention_mask)
             empty = torch.tensor([n == self._empty for n in numbers], device=teacher.device)
-            return torch.where(empty[:, None, None], teacher, rows)
+            return torch.where(empty[:, None, None], teacher, rows_of(numbers))
 
         calls = range(len(walk.denoiser_calls))
         predictions = predict_through_pipeline(self._pipe, walk, encode, calls)
         for i, prediction in predictions.items():
-            yield prediction, walk.denoiser_calls[i].target
+            yield 3 * i // len(calls), prediction, walk.denoiser_calls[i].target
+
+    @torch.no_grad()
+    def _spread(self, rows_of: Callable[[list[int]], Tensor]) -> float:
+        """Sum over parts, positions and channels of the squared distance to the prompts' mean."""
+        total = 0.0
+        for part in self._parts:
+            rows = rows_of(part.numbers).float()
+            _, mask = self._table.batch(part.numbers, self._device)
+            counts = torch.ones_like(rows[..., :1]) if mask is None else mask[..., None].to(rows)
+            mean = (rows * counts).sum(0) / counts.sum(0).clamp(min=1)
+            total += ((rows - mean).square() * counts).sum().item()
+        return total
+
+    # --- prompts ---
+
+    def _part(self, walk: Walk) -> _Part:
+        self._empty, self._empty_rows = self._encode_empty_prompt(walk)
+        self._device = self._empty_rows.device
+        numbers = {
+            number
+            for call in walk.slot_calls
+            for number in self._table.numbers(call.input_ids, call.attention_mask)
+        }
+        try:
+            calls = split_walk(self._pipe, walk, self._table)
+        except NotAGather:
+            return _Part(sorted(numbers - {self._empty}), walk)
+        kept = [self._prompted(call) for call in calls]
+        numbers = {number for call in kept if call is not None for number in call.prompts}
+        return _Part(sorted(numbers), kept)
 
     def _prompted(self, rows: Rows) -> Rows | None:
         kept = [i for i, n in enumerate(rows.prompts) if n not in (NO_PROMPT, self._empty)]
         if not kept:
             return None
         return rows if len(kept) == len(rows) else rows.select(kept)
+
+    def _teacher_rows(self, numbers: list[int]) -> Tensor:
+        """(B, S, D), remembered."""
+        return self._table.teacher_rows(
+            teacher_of(self._pipe), *self._table.batch(numbers, self._device)
+        )
+
+    def _real_tokens(self, numbers: list[int]) -> Tensor:
+        """(B, S) bool: where a prompt has a token and no padding."""
+        ids, mask = self._table.batch(numbers, self._device)
+        if mask is not None:
+            return mask.bool()
+        tokenizer = getattr(self._pipe, find_text_slot(self._pipe).tokenizer_name)
+        return ids != tokenizer.pad_token_id
 
     def _encode_empty_prompt(self, walk: Walk) -> tuple[int, Tensor]:
         """Number of the empty prompt, tokenized as the walk's prompts are, and the teacher's rows,

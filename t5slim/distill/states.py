@@ -27,6 +27,17 @@ def cpu_attention(
 
 
 @contextmanager
+def evaluating(student: nn.Module) -> Iterator[None]:
+    """The student in eval mode; afterwards in the mode that it was in."""
+    training = student.training
+    student.eval()
+    try:
+        yield
+    finally:
+        student.train(training)
+
+
+@contextmanager
 def frozen(pipe: Any, gradient_checkpointing: bool) -> Iterator[None]:
     """Nothing in the pipeline gets a gradient or drops out; afterwards it is set as it was."""
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
