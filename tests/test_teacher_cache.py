@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from test_patch import OFFLOADS, cpu_as_accelerator  # noqa: F401
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_student
+from transformers import T5Config, T5EncoderModel
 
 import t5slim.distill.cache
 from t5slim import patch_pipeline
@@ -31,7 +32,7 @@ from t5slim.distill import (
 )
 from t5slim.distill.cached import CachedTeacher, describe_teacher
 from t5slim.distill.checks import check_student
-from t5slim.distill.teacher import PromptTable, prompt_keys
+from t5slim.distill.teacher import PromptTable, encode_alike, prompt_keys
 from t5slim.distill.walk import teacher_of
 from t5slim.errors import DistillError
 from t5slim.slot import find_text_slot
@@ -174,7 +175,7 @@ def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
     encoded, tokenized = asked_of(pipe.text_encoder_2.encoder), asked_of(pipe.text_encoder)
     pipe.text_encoder_2.train()  # dropout has no place in the teacher's rows
     cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs, batch_size=4)
-    assert encoded == [1] * (len(PROMPTS) - 3) and tokenized == [4, 3]
+    assert encoded == [8] and tokenized == [4, 3]  # the new ones, in a batch that is filled up
     assert pipe.text_encoder_2.training
     pipe.text_encoder_2.eval()
     for prompts in (PROMPTS, PROMPTS[:3]):
@@ -269,7 +270,7 @@ def test_a_damaged_shard_is_set_aside(damage: str, tmp_path: Path, caplog: Any) 
     assert not shard.exists() and shard.with_suffix(".damaged").exists()
     encoded = asked_of(pipe.text_encoder_2.encoder)
     cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs)
-    assert encoded == [1] * 3  # two prompts, and the empty one
+    assert encoded == [8]  # two prompts and the empty one, in a batch that is filled up
     with cached_teacher(pipe, cache):  # which finds the new shard
         assert_equal(walk_of(pipe, kwargs, prompts), expected)
 
@@ -334,7 +335,7 @@ def test_a_process_that_is_killed_while_it_fills(tmp_path: Path) -> None:
     pipe, kwargs = setting("flux")
     encoded = asked_of(pipe.text_encoder_2.encoder)
     cache = cache_teacher(pipe, MANY, folder, pipeline_kwargs=kwargs)
-    assert len(encoded) == len(MANY) + 1 - there
+    assert len(encoded) == -(-(len(MANY) + 1 - there) // 8)  # batches of 8
     assert_same_rows(cache, cache_teacher(pipe, MANY, tmp_path / "one", pipeline_kwargs=kwargs))
 
 
@@ -355,3 +356,14 @@ def test_a_mask_belongs_to_the_prompt() -> None:
     keys = [*prompt_keys(ids, mask), *prompt_keys(ids[:1], None), *prompt_keys(ids[:1, :2], None)]
     assert len(set(keys)) == 4
     assert prompt_keys(ids.int(), mask.bool()) == keys[:2]
+
+
+def test_rows_of_a_prompt_dont_depend_on_its_batch() -> None:
+    """Bit for bit, of a teacher whose matrix products are large enough to be cut in blocks."""
+    torch.manual_seed(0)
+    shape = {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8}
+    teacher = T5EncoderModel(T5Config(vocab_size=512, **shape)).eval()
+    ids = torch.randint(512, (20, 24))
+    whole = encode_alike(teacher, ids, None)
+    for pick in ([3], [7, 3], [19, 3, 5, 4, 8, 9, 11, 0, 1], list(range(19, -1, -1))):
+        assert torch.equal(encode_alike(teacher, ids[pick], None), whole[pick])

@@ -37,14 +37,14 @@ from ..slot import (
     restore_slot,
 )
 from .cache import TeacherCache, sha256_of
-from .calls import call_encoder
 from .checks import Prompts, load_prompts
 from .states import frozen
-from .teacher import PromptTable, prompt_keys, tokenize_empty
+from .teacher import PromptTable, encode_alike, prompt_keys, tokenize_empty
 from .walk import check_pipeline_kwargs, teacher_of, tokenize
 
 # Of each tensor of the teacher, evenly spread: enough to know it from one that was trained further.
 _SAMPLE = 1024
+_ADDED_TOGETHER = 64
 
 
 def cache_teacher(
@@ -276,13 +276,17 @@ def _encode(
             "disk, fewer prompts, or pipeline_kwargs with a smaller max_sequence_length."
         )
     keys = table.keys
-    bar = tqdm(missing, desc="teacher", unit="prompt")
-    with frozen(pipe, gradient_checkpointing=False), torch.no_grad(), bar:
+    bar = tqdm(total=len(missing), desc="teacher", unit="prompt")
+    with frozen(pipe, gradient_checkpointing=False), bar:
         try:
-            for n in bar:
-                if keys[n] not in cache:  # or another process was faster
-                    (row,) = call_encoder(encoder, *table.batch([n], device))
-                    cache.add(keys[n], row)
+            for start in range(0, len(missing), _ADDED_TOGETHER):
+                numbers = missing[start : start + _ADDED_TOGETHER]
+                new = [n for n in numbers if keys[n] not in cache]  # or another process was faster
+                if new:
+                    rows = encode_alike(encoder, *table.batch(new, device))
+                    for n, row in zip(new, rows, strict=True):
+                        cache.add(keys[n], row)
+                bar.update(len(numbers))
         finally:
             cache.flush()
             pipe.maybe_free_model_hooks()

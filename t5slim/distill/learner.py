@@ -16,6 +16,7 @@ from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from .calls import autocast
 from .config import DistillConfig
+from .states import cpu_attention
 
 
 class Learner:
@@ -66,7 +67,7 @@ class Learner:
         sync: AbstractContextManager[Any] = (
             nullcontext() if last else self._accelerator.no_sync(self._model)
         )
-        with sync:
+        with sync, cpu_attention(self._device, self._config.autocast_dtype):
             self._scaler.scale(loss / self._config.gradient_accumulation_steps).backward()
 
     def step(self, update: int, learning_rate: float) -> float:

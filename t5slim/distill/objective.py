@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .calls import call_encoder
 from .config import DistillConfig
-from .examples import Batch
+from .examples import Batch, WalkedCall
 from .fallback import predict_through_pipeline
 from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
 from .replay import Rows, predict
+from .states import cpu_attention
 from .teacher import PromptTable, encode_prompts
 from .walk import teacher_of
 
@@ -59,27 +60,39 @@ class Objective:
         different = list(dict.fromkeys(batch.prompts))
         places = {number: i for i, number in enumerate(different)}
         of_prompt = torch.tensor([places[n] for n in batch.prompts], device=batch.device)
-        samples: dict[str, Tensor] = {}
-        rows = None
-        if "velocity" not in weights or isinstance(batch.call, Rows) or len(weights) > 1:
-            rows = encode_prompts(student, self._table, different, batch.device)
-        if "velocity" in weights:
-            assert batch.call is not None
-            if isinstance(batch.call, Rows):
-                assert rows is not None
-                prediction = predict(self._pipe, batch.call, rows[of_prompt], self._autocast_dtype)
-            else:
-                prediction = predict_through_pipeline(
-                    self._pipe,
-                    batch.call.walk,
-                    lambda ids, mask: call_encoder(student, ids, mask),
-                    {batch.call.index},
-                    self._autocast_dtype,
-                )[batch.call.index]
-            losses = _OF_VELOCITIES(prediction, batch.call.target)
-            samples["velocity"] = losses * self._thirds[batch.thirds].to(losses)
+        targets = {}
         for name in _OF_ROWS.keys() & weights.keys():
             ids, mask = self._table.batch(different, batch.device)
-            target = self._table.teacher_rows(teacher_of(self._pipe), ids, mask)
+            targets[name] = self._table.teacher_rows(teacher_of(self._pipe), ids, mask), mask
+
+        samples: dict[str, Tensor] = {}
+        rows = None
+        with cpu_attention(batch.device, self._autocast_dtype):
+            if "velocity" not in weights or isinstance(batch.call, Rows) or len(weights) > 1:
+                rows = encode_prompts(student, self._table, different, batch.device)
+            if "velocity" in weights:
+                assert batch.call is not None and batch.thirds is not None
+                prediction = self._predict(student, batch.call, rows, of_prompt)
+                losses = _OF_VELOCITIES(prediction, batch.call.target)
+                samples["velocity"] = losses * self._thirds[batch.thirds].to(losses)
+        for name, (target, mask) in targets.items():
             samples[name] = _OF_ROWS[name](rows, target, mask)[of_prompt]
         return torch.stack([weights[name] * samples[name].mean() for name in weights]).sum()
+
+    def _predict(
+        self,
+        student: Callable[..., Any],
+        call: Rows | WalkedCall,
+        rows: Tensor | None,
+        of_prompt: Tensor,
+    ) -> Tensor:
+        if isinstance(call, Rows):
+            assert rows is not None
+            return predict(self._pipe, call, rows[of_prompt], self._autocast_dtype)
+        return predict_through_pipeline(
+            self._pipe,
+            call.walk,
+            lambda ids, mask: call_encoder(student, ids, mask),
+            {call.index},
+            self._autocast_dtype,
+        )[call.index]
