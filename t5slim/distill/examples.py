@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ from tqdm.auto import tqdm
 
 from ..errors import DistillError
 from ..slot import denoiser_text_width
+from .calls import tensors_in
 from .config import DistillConfig
+from .draws import WalkShape, draw_prompt, lanes_of, random_of
 from .prompts import PromptSource
 from .replay import NO_PROMPT, Rows, collate, split_walk
 from .teacher import PromptTable
@@ -123,7 +125,7 @@ class Examples:
         self._width = width
         index, self._processes = process
         size, groups = config.batch_size, config.gradient_accumulation_steps
-        self._lanes = size * groups * self._processes
+        self._lanes = lanes_of(config, self._processes)
         if 0 < config.reservoir_walks < self._lanes:
             raise DistillError(
                 f"reservoir_walks is {config.reservoir_walks}, but {self._lanes} prompts are "
@@ -206,6 +208,28 @@ class Examples:
 
     # --- walks ---
 
+    def walk(self) -> WalkShape:
+        """Walk the next prompts, and say what that asked: for a plan, as `batches` walks by itself."""
+        before, size = self.teacher_rows, self._config.batch_size
+        self._walk_round(0)
+        calls = self._walks[-1][0]
+        return WalkShape(
+            (self.teacher_rows - before) // self._lanes,
+            tuple(len(call) // size for call in calls),
+            any(isinstance(call.call, WalkedCall) for call in calls),
+        )
+
+    @property
+    def walk_bytes(self) -> int:
+        """Of the latest walk in the reservoir, on this process' device."""
+        found: dict[int, int] = {}  # the text of a walk is one tensor for all of its calls
+        for group in self._walks[-1]:
+            for call in group:
+                for tensor in _tensors(call.call):
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+        return sum(found.values())
+
     def _walk_round(self, update: int) -> None:
         """Walk the next prompt of each lane."""
         self._walks.append([self._walk(self._rounds, update, lanes) for lanes in self._groups])
@@ -266,9 +290,7 @@ class Examples:
     # --- prompts ---
 
     def _prompt(self, draw: int, update: int) -> str:
-        if self._random("empty", draw).random() < self._config.empty_prompt_share:
-            return ""
-        return self._prompts.prompt(draw, self._config.seed, update)
+        return draw_prompt(self._prompts, self._config, draw, update)
 
     def _tokenize(self, prompts: list[str]) -> list[int]:
         """Number prompts, tokenized as the pipeline does it."""
@@ -284,8 +306,7 @@ class Examples:
         return calls[0][: len(prompts)]
 
     def _random(self, *key: Any) -> random.Random:
-        # A string is hashed by SHA-512: the same on every machine, and no two keys alike.
-        return random.Random(f"{self._config.seed}/{key}")
+        return random_of(self._config, *key)
 
     # --- continuing ---
 
@@ -312,6 +333,18 @@ class Examples:
         ):
             self._walks.append([self._walk(round_, update, lanes) for lanes in self._groups])
         self.teacher_rows, self.student_rows = state["teacher_rows"], state["student_rows"]
+
+
+def _tensors(call: Rows | WalkedCall) -> Iterable[Tensor]:
+    """What it keeps; a call that can't be taken apart keeps its whole walk."""
+    if isinstance(call, WalkedCall):
+        walk = call.walk
+        parts: list[Any] = [[c.kwargs, c.output] for c in walk.denoiser_calls]
+        parts.append([c.rows for c in walk.slot_calls])
+    else:
+        parts = [[text.positions, text.constant] for text in call.text.values()]
+        parts += [call.kwargs, call.batched, call.target]
+    return tensors_in(parts).values()
 
 
 _COUNTERS = ("rounds", "due", "position", "readings")
