@@ -164,7 +164,8 @@ class Source:
                 f"{filename} of {self.name!r} isn't in the cache, and {reason}. Run `hf download "
                 f"{self.name}` where there is a network, or pass the path of a folder."
             ) from error
-        except (OSError, ValueError) as error:
+        # RuntimeError: before 1.27, huggingface_hub tries again with a client that it has closed.
+        except (OSError, ValueError, RuntimeError) as error:
             raise HubAccessError(f"Can't download {filename} from {page}: {error}") from error
 
     def __str__(self) -> str:

@@ -52,7 +52,10 @@ def load_without_t5(
     student_config(student, **access)
     if not isinstance(student, SlimT5Encoder):
         student = SlimT5Encoder.from_pretrained(student, dtype=dtype, **access)
-    return cls.from_pretrained(source, **{slot.name: None}, **kwargs), student, dtype
+    kwargs = kwargs | {slot.name: None}
+    if "dtype" in kwargs and tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 40):
+        kwargs["torch_dtype"] = kwargs.pop("dtype")  # it would ignore the new name
+    return cls.from_pretrained(source, **kwargs), student, dtype
 
 
 def _let_diffusers_download_students() -> None:

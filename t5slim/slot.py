@@ -8,7 +8,6 @@ because T5 was skipped when the pipeline was loaded, from the annotations of the
 
 from __future__ import annotations
 
-import gc
 import inspect
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import nn
 
 from .errors import NoT5SlotError, PatchError
@@ -149,9 +148,7 @@ def free_memory() -> None:
 
     The hooks of offload make cycles: T5-XXL would stay until some later collection.
     """
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    clear_device_cache(garbage_collection=True)
 
 
 def check_device_map(device_map: Any) -> None:

@@ -92,7 +92,8 @@ def test_cache_dir(hub, published, tmp_path):
 def test_unreachable(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's retries: 20 s in all
-    with pytest.raises(HubAccessError, match=r"config.json of 'me/student'.*can't be reached"):
+    message = r"config.json of 'me/student'.*can't be reached|client has been closed"  # before 1.27
+    with pytest.raises(HubAccessError, match=message):
         SlimT5Encoder.from_pretrained("me/student")
     with pytest.raises(HubAccessError, match="me/student"):
         SlimT5Encoder.from_pretrained("me/student", force_download=True)

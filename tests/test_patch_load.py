@@ -94,11 +94,11 @@ def test_dtype(kwargs, dtype, denoiser_dtype, folders):
         assert pipe.transformer.dtype == denoiser_dtype
 
 
+@pytest.mark.filterwarnings("ignore:.*torch_dtype")  # of diffusers, from 0.40 on
 def test_the_old_name_of_dtype(folders):
-    with pytest.warns(FutureWarning, match="torch_dtype"):  # of diffusers
-        pipe = patch_pipeline(
-            FluxPipeline, folders / "flux", student=folders / "student", torch_dtype=torch.bfloat16
-        )
+    pipe = patch_pipeline(
+        FluxPipeline, folders / "flux", student=folders / "student", torch_dtype=torch.bfloat16
+    )
     assert pipe.text_encoder_2.dtype == pipe.transformer.dtype == torch.bfloat16
 
 
@@ -177,10 +177,8 @@ def test_the_published_student_is_the_default(hub, tmp_path):
     hub.add("LifuWang/DistillT5", tmp_path / "student")
 
     by_class = quiet(patch_pipeline(FluxPipeline, tmp_path / "flux", dtype=torch.bfloat16))
-    in_place = FluxPipeline.from_pretrained(
-        tmp_path / "flux", text_encoder_2=None, dtype=torch.bfloat16
-    )
-    patch_pipeline(quiet(in_place))
+    in_place = FluxPipeline.from_pretrained(tmp_path / "flux", text_encoder_2=None)
+    patch_pipeline(quiet(in_place.to(torch.bfloat16)))
     for pipe in (by_class, in_place):
         assert pipe.text_encoder_2.config.name_or_path == "LifuWang/DistillT5"
         assert paint(pipe).isfinite().all()
@@ -211,7 +209,7 @@ torch.save(latents, sys.argv[2])
 
 
 def test_in_a_new_process(folders, tmp_path):
-    """It has to import t5slim, and nothing else; diffusers says so."""
+    """It has to import t5slim, and nothing else; diffusers says so, or (before 0.42) does so."""
     kwargs = call_kwargs(tiny_flux()) | {"prompt": PROMPTS[1]}
     done = subprocess.run(
         [
@@ -227,8 +225,9 @@ def test_in_a_new_process(folders, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "t5slim.encoder" in done.stdout
-    assert "has not been imported" in done.stdout
+    if done.stdout:
+        assert "t5slim.encoder" in done.stdout
+        assert "has not been imported" in done.stdout
     torch.testing.assert_close(torch.load(tmp_path / "out"), expected(), **CLOSE)
 
 

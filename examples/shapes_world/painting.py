@@ -28,8 +28,8 @@ CALL = {
 
 def load_pipeline(folder: Path = PIPELINE) -> FluxPipeline:
     """The trained pipeline, in float32, on a GPU if there is one."""
-    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = FluxPipeline.from_pretrained(folder, local_files_only=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
 
 def captions(
