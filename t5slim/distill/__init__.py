@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .cached import cache_teacher, cached_teacher, free_teacher
     from .config import DistillConfig, Term
     from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
-    from .metrics import VelocityGap, velocity_gap
+    from .metrics import GapReport, VelocityGap, velocity_gap
     from .plan import Plan, make_plan
     from .prompts import (
         GeneratedPrompts,
@@ -34,6 +34,7 @@ _MODULES = {
     "EmbeddingLoss": "losses",
     "RelationalLoss": "losses",
     "Term": "config",
+    "GapReport": "metrics",
     "GeneratedPrompts": "prompts",
     "Plan": "plan",
     "PromptList": "prompts",
@@ -58,6 +59,7 @@ __all__ = [
     "DistillResult",
     "DistillRun",
     "EmbeddingLoss",
+    "GapReport",
     "GeneratedPrompts",
     "Plan",
     "PromptList",
