@@ -33,7 +33,7 @@ def main() -> None:
     configs = {
         "velocity": settings(**common),
         "warm-up": settings(
-            objective={"embedding": {"until": 2000}, "velocity": {"start": 2000}}, **common
+            objective={"embedding": {"until": 1000}, "velocity": {"start": 1000}}, **common
         ),
         "paper": DistillConfig.paper(max_steps=100_000, mixed_precision="bf16", **common),
         "embedding": settings(objective="embedding", **common),
@@ -76,7 +76,7 @@ def _curve(result: DistillResult, unit: str) -> list[tuple[float, float]]:
     points = []
     for entry in result.history:
         passes = entry["teacher_rows"] + 2 * entry["student_rows"]
-        points.append((passes if unit == "passes" else entry[unit], entry["gap"]))
+        points.append((passes if unit == "passes" else entry[unit], entry["velocity_gap"]))
     return points
 
 

@@ -74,6 +74,7 @@ class SlimT5Config(T5Config):
         project_out_dim: Output width D of the projection: T5-XXL's 4096 for FLUX.1 and SD3.
         out_dim: Another name of `project_out_dim` in some published files.
         base_model: Hub id of the T5 that the student was made from, for its model card.
+        base_model_revision: The commit of it.
         **kwargs: Any key of a T5 config.json.
 
     Raises:
@@ -91,6 +92,7 @@ class SlimT5Config(T5Config):
         project_out_dim: int | None = None,
         out_dim: int | None = None,
         base_model: str | None = None,
+        base_model_revision: str | None = None,
         **kwargs: Any,
     ) -> None:
         model_type = kwargs.pop("model_type", self.model_type)
@@ -115,6 +117,8 @@ class SlimT5Config(T5Config):
             self.out_dim = out_dim
         if base_model is not None:
             self.base_model = base_model
+        if base_model_revision is not None:
+            self.base_model_revision = base_model_revision
         self._check_values()
 
     @classmethod

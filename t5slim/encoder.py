@@ -8,6 +8,7 @@ arXiv 2503.19897). diffusers records a component's class by module and name, so 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -234,13 +235,15 @@ class SlimT5Encoder(T5PreTrainedModel):
         values = AutoConfig.for_model(model_type, **values).to_dict()
         keys = values.keys() & T5Config().to_dict().keys()
         keys -= {"_name_or_path", "architectures", "model_type", "transformers_version"}
+        pinned = source.pinned_by(config_file)
         config = SlimT5Config(
             **{key: values[key] for key in keys},
             project_out_dim=projection_dim,
             base_model=None if source.is_local else source.name,
+            base_model_revision=None if source.is_local else pinned.revision,
         )
         checkpoint.check_tensors(
-            source.pinned_by(config_file).find_weights(variant),
+            pinned.find_weights(variant),
             checkpoint.expected_tensors(T5EncoderModel, config),
             ignore=("decoder.", "lm_head."),
         )
@@ -299,11 +302,14 @@ class SlimT5Encoder(T5PreTrainedModel):
         revision: str | None = None,
         create_pr: bool = False,
         tags: Sequence[str] = (),
+        notes: str = "",
+        files: Sequence[str | os.PathLike[str]] = (),
         **kwargs: Any,
     ) -> str:
         """Upload the student with a model card.
 
-        A card that is already in the repository keeps its text and only gains metadata.
+        A card that is already in the repository keeps its text. It only gains metadata, and its
+        facts, if they are still between the marks that t5slim put around them, are replaced.
 
         Args:
             repo_id: `owner/name`; made where needed.
@@ -314,6 +320,8 @@ class SlimT5Encoder(T5PreTrainedModel):
             revision: Branch, made where needed.
             create_pr: Open a pull request instead of a commit.
             tags: Further tags for the card.
+            notes: Further facts for the card, in Markdown, such as how the student was trained.
+            files: Further files to upload, such as pictures that `notes` shows.
             **kwargs: Passed to `save_pretrained`.
 
         Returns:
@@ -325,7 +333,11 @@ class SlimT5Encoder(T5PreTrainedModel):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            model_card.for_repository(self, repo_id, tags, token).save(Path(folder, "README.md"))
+            for file in files:
+                shutil.copy(file, folder)
+            card = model_card.from_repository(repo_id, token)
+            card = model_card.write_facts(card, self, repo_id, notes, tags)
+            card.save(Path(folder, "README.md"))
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

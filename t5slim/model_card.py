@@ -1,10 +1,15 @@
-"""The model card of a student on the Hub, written from facts alone."""
+"""The model card of a student, written from facts alone.
+
+The facts stand between two comments, so that they can be replaced, and the words that somebody
+wrote around them stay.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -17,21 +22,26 @@ if TYPE_CHECKING:
     from .encoder import SlimT5Encoder
 
 _TAGS = ["t5slim", "t5", "text-to-image", "diffusers"]
+_FACTS = re.compile(r"<!-- t5slim: facts.*?<!-- t5slim: end of facts -->", re.DOTALL)
 _TEMPLATE = Template("""\
 # $name
 
+<!-- t5slim: facts; what stands here will be replaced when the student is trained again -->
 A small text encoder that stands in for T5-XXL in
 [diffusers](https://github.com/huggingface/diffusers) pipelines: a T5 encoder and a projection, made
 with [t5slim](https://pypi.org/project/t5slim).
 
 | | |
 |---|---|
-| made from | $base |
+| made from | $base$revision |
 | encoder | $layers layers, width $d_model, vocabulary $vocabulary: $encoder million parameters |
 | projection | from $d_model to $out_dim: $adapter million parameters |
 | in all | $total million parameters, $size GiB in $dtype |
 | T5-XXL's encoder | 4,762 million parameters, 8.87 GiB in bfloat16 |
 | versions | t5slim $t5slim, transformers $transformers, torch $torch |
+
+$notes
+<!-- t5slim: end of facts -->
 
 ## Use
 
@@ -56,17 +66,26 @@ L. Wang, D. Liu, X. Liu, X. He: *Scaling Down Text Encoders of Text-to-Image Dif
 """)
 
 
-def create_model_card(model: SlimT5Encoder, repo_id: str) -> ModelCard:
-    """A new card for a student that is going to be `repo_id` on the Hub."""
+def create_model_card(model: SlimT5Encoder, repo_id: str, notes: str = "") -> ModelCard:
+    """A new card for a student that is going to be `repo_id` on the Hub.
+
+    Args:
+        model: the student.
+        repo_id: or the name of a folder.
+        notes: further facts, in Markdown.
+    """
     config = model.config
     base = getattr(config, "base_model", None)
+    revision = getattr(config, "base_model_revision", None)
     adapter = sum(weight.numel() for weight in model.final_projection.parameters())
     total = sum(weight.numel() for weight in model.parameters())  # counts the tied embedding once
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     text = _TEMPLATE.substitute(
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
+        notes=notes,
         base=f"[{base}](https://huggingface.co/{base})" if base else "not recorded",
+        revision=f" at {revision}" if revision else "",
         layers=config.num_layers,
         d_model=config.d_model,
         vocabulary=f"{config.vocab_size:,}",
@@ -84,14 +103,38 @@ def create_model_card(model: SlimT5Encoder, repo_id: str) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def for_repository(
-    model: SlimT5Encoder, repo_id: str, tags: Sequence[str], token: str | bool | None
-) -> ModelCard:
-    """The repository's own card, with our tags added to its metadata; or a new one."""
+def from_repository(repo_id: str, token: str | bool | None) -> ModelCard | None:
+    """The card that is in a repository, or None."""
     try:
-        card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
+        return ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
     except EntryNotFoundError:
-        card = create_model_card(model, repo_id)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *_TAGS, *tags]))
-    card.data.library_name = card.data.library_name or "t5slim"
+        return None
+
+
+def write_facts(
+    card: ModelCard | None,
+    model: SlimT5Encoder,
+    repo_id: str,
+    notes: str = "",
+    tags: Sequence[str] = (),
+) -> ModelCard:
+    """A card with its facts replaced and our tags added to its metadata; or a new one.
+
+    Args:
+        card: one that is there, whose other words stay, or None.
+        model: this and the following as in `create_model_card`.
+        repo_id: where the card is going to be.
+        notes: further facts.
+        tags: further tags.
+    """
+    new = create_model_card(model, repo_id, notes)
+    facts = _FACTS.search(new.text)
+    assert facts is not None
+    if card is None:
+        card = new
+    else:
+        card.text = _FACTS.sub(lambda _: facts[0], card.text)
+    data: Any = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or []), *_TAGS, *tags]))
+    data.library_name = data.library_name or "t5slim"
     return card

@@ -207,7 +207,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> 
     )  # fmt: skip
     handle.remove()
     assert result.skipped == 3 and result.steps == 12
-    assert [entry["skipped"] for entry in result.history] == [2, 3]
+    assert [entry["skipped_updates"] for entry in result.history] == [2, 3]
     assert all(entry["loss"] > 0 for entry in result.history)  # a mean of those that are finite
     assert all(p.isfinite().all() for p in student.parameters())
 

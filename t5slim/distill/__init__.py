@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .config import DistillConfig, Term
     from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
     from .metrics import VelocityGap, velocity_gap
+    from .plan import Plan, make_plan
     from .prompts import (
         GeneratedPrompts,
         PromptList,
@@ -21,16 +22,20 @@ if TYPE_CHECKING:
         PromptSchedule,
         split_held_out,
     )
-    from .trainer import DistillResult, train
+    from .result import DistillResult
+    from .run import DistillRun
+    from .trainer import train
     from .walk import Walk, capture
 
 _MODULES = {
     "DistillConfig": "config",
-    "DistillResult": "trainer",
+    "DistillResult": "result",
+    "DistillRun": "run",
     "EmbeddingLoss": "losses",
     "RelationalLoss": "losses",
     "Term": "config",
     "GeneratedPrompts": "prompts",
+    "Plan": "plan",
     "PromptList": "prompts",
     "PromptMixture": "prompts",
     "PromptSchedule": "prompts",
@@ -42,6 +47,7 @@ _MODULES = {
     "cached_teacher": "cached",
     "capture": "walk",
     "free_teacher": "cached",
+    "make_plan": "plan",
     "split_held_out": "prompts",
     "train": "trainer",
     "velocity_gap": "metrics",
@@ -50,8 +56,10 @@ _MODULES = {
 __all__ = [
     "DistillConfig",
     "DistillResult",
+    "DistillRun",
     "EmbeddingLoss",
     "GeneratedPrompts",
+    "Plan",
     "PromptList",
     "PromptMixture",
     "PromptSchedule",
@@ -65,6 +73,7 @@ __all__ = [
     "cached_teacher",
     "capture",
     "free_teacher",
+    "make_plan",
     "split_held_out",
     "train",
     "velocity_gap",

@@ -147,15 +147,7 @@ class Launch:
             yield self._load()
             return
         pipe = self._load([self._slot.name])
-        if run.resume:
-            facts = run_facts(
-                pipe, self._students, run.config, self._kwargs, self._prompts, self._held_out,
-                accelerator.num_processes,
-            )  # fmt: skip
-            check_same_run(self._folder, facts)
-        shape = WalkShape(0, (), whole=False)
-        if "velocity" in run.config.terms:
-            shape = self._walk_shape(pipe)
+        shape = self._without_teacher(pipe)
         prompts = prompts_of_run(self._prompts, run.config, accelerator.num_processes, shape)
         prompts += self._held_out or []
         share = prompts[accelerator.process_index :: accelerator.num_processes] or [""]
@@ -179,20 +171,31 @@ class Launch:
         with cached_teacher(pipe, run.teacher_cache):
             yield pipe
 
-    def _walk_shape(self, pipe: Any) -> WalkShape:
-        """What a walk asks the denoiser, with a student in the place of the T5 that isn't there."""
-        config = replace(
-            self._run.config, objective="velocity", batch_size=1, gradient_accumulation_steps=1
-        )
+    def _without_teacher(self, pipe: Any) -> WalkShape:
+        """What can be asked of a pipeline whose T5 isn't there, with a student in its place: is this
+        the run that goes on, and what does a walk ask the denoiser?
+        """
+        run = self._run
         denoiser = next(d for name in DENOISERS if (d := getattr(pipe, name, None)) is not None)
         guest: Any = copy.deepcopy(self._students[0])
         guest.to(device=pipe._execution_device, dtype=denoiser.dtype)
         entry = pipe.config[self._slot.name]
         fill_slot(pipe, self._slot, guest)
         try:
+            if run.resume:
+                facts = run_facts(
+                    pipe, self._students, run.config, self._kwargs, self._prompts, self._held_out,
+                    self._accelerator.num_processes,
+                )  # fmt: skip
+                check_same_run(self._folder, facts)
+            if "velocity" not in run.config.terms:
+                return WalkShape(0, (), whole=False)
+            single = replace(
+                run.config, objective="velocity", batch_size=1, gradient_accumulation_steps=1
+            )
             with frozen(pipe, gradient_checkpointing=False):
                 table, prompts = PromptTable(), PromptList(["a"])
-                return Examples(pipe, prompts, config, self._kwargs, table).walk()
+                return Examples(pipe, prompts, single, self._kwargs, table).walk()
         finally:
             restore_slot(pipe, self._slot, None, entry)
 

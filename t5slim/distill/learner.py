@@ -34,6 +34,8 @@ class Learner:
             without averaging, the student itself.
         skipped: updates that were left out because a gradient wasn't finite.
         skipped_in_a_row: of these, the latest ones.
+        grad_norms: number, sum and maximum of the gradients' norms before clipping, where they were
+            finite, since `take_grad_norms`.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Learner:
         self.student = student
         self.average = copy.deepcopy(student).eval() if config.ema_decay else student
         self.skipped = self.skipped_in_a_row = 0
+        self.grad_norms: tuple[int, float, float] = _NO_NORMS
         self._accelerator = accelerator
         self._config = config
         self._device = device
@@ -70,16 +73,13 @@ class Learner:
         with sync, cpu_attention(self._device, self._config.autocast_dtype):
             self._scaler.scale(loss / self._config.gradient_accumulation_steps).backward()
 
-    def step(self, update: int, learning_rate: float) -> float:
+    def step(self, update: int, learning_rate: float) -> None:
         """Update the weights and their average, unless a gradient isn't finite.
 
         Args:
             update: its number, from 0.
             learning_rate: of this update. Set here and not by a scheduler, as accelerate steps a
                 prepared one once for each process.
-
-        Returns:
-            The norm of the gradient before it was clipped.
         """
         optimizer = self._optimizer.optimizer
         for group in optimizer.param_groups:
@@ -88,13 +88,19 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self._config.max_grad_norm).item()
         finite = math.isfinite(norm)
         if finite:
+            number, total, highest = self.grad_norms
+            self.grad_norms = number + 1, total + norm, max(highest, norm)
             self._scaler.step(optimizer)
             self._update_average(update)
         self._scaler.update()
         optimizer.zero_grad()
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        return norm
+
+    def take_grad_norms(self) -> tuple[float, float] | None:
+        """Mean and maximum of `grad_norms`, which starts anew; None if there were none."""
+        (number, total, highest), self.grad_norms = self.grad_norms, _NO_NORMS
+        return (total / number, highest) if number else None
 
     def finish(self) -> None:
         """Give the student its averaged weights, and take accelerate's wrapper off it."""
@@ -112,7 +118,7 @@ class Learner:
         if self.average is not self.student:
             tensors |= {f"average.{k}": v for k, v in self.average.named_parameters()}
         plain: dict[str, Any] = {"scaler": self._scaler.state_dict()}
-        plain |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        plain |= {name: getattr(self, name) for name in _COUNTERS}
         moments: dict[str, dict[str, Any]] = {}
         for index, state in self._optimizer.optimizer.state_dict()["state"].items():
             for key, value in state.items():
@@ -141,7 +147,8 @@ class Learner:
         optimizer = self._optimizer.optimizer
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         self._scaler.load_state_dict(plain["scaler"])
-        self.skipped, self.skipped_in_a_row = plain["skipped"], plain["skipped_in_a_row"]
+        for name in _COUNTERS:
+            setattr(self, name, plain[name])
 
     def _update_average(self, update: int) -> None:
         if self.average is self.student:
@@ -154,6 +161,10 @@ class Learner:
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self.student.parameters(), self.average.parameters(), strict=True)
+
+
+_NO_NORMS = (0, 0.0, 0.0)
+_COUNTERS = ("skipped", "skipped_in_a_row", "grad_norms")
 
 
 def make_optimizer(

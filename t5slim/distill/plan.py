@@ -183,9 +183,9 @@ def make_plan(
     }
     # Those that are measured have one round in the reservoir, and no held-out prompts.
     later = sum(fill.values()) - walks.bytes
-    # Walked once, then asked of the empty prompt, and of each student: at the end also of its last
-    # weights, of its tokens and of its padding.
-    evaluations = math.ceil(config.max_steps / config.eval_every) + 2 + bool(config.ema_decay)
+    # Walked once, then asked of the empty prompt, and of each student's averaged and last weights;
+    # at the end also of its tokens and of its padding.
+    evaluations = math.ceil(config.max_steps / config.eval_every) * (1 + bool(config.ema_decay)) + 2
     eval_rows = len(held_out) * (
         walks.shape.teacher_rows + sum(walks.shape.calls) * (1 + evaluations * len(students))
     )

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
+import uuid
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image
+
+from .. import model_card
 from ..encoder import SlimT5Encoder
-from ..errors import DistillError
+from ..errors import DistillError, HubAccessError
 from .config import DistillConfig
 from .prompts import PromptList, PromptSource
+from .report import describe_run, plot_run
+from .result import DistillResult
+from .walk import DENOISERS, teacher_of
 
 CHECKPOINTS = "checkpoints"
 HISTORY_FILE = "history.jsonl"
 METADATA_FILE = "distillation.json"
+PLOT_FILE = "run.png"
+LAST_SAMPLES_FILE = "samples.png"
+SAMPLES = "samples"
 # What doesn't change the weights that a run comes to, and so may differ when it is continued. The
 # batch may be cut in other ways, as its product counts.
 _FREE = frozenset(
-    ["eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped_updates", "batch_size",
-     "gradient_accumulation_steps"]
+    ["eval_every", "samples_every", "sample_prompts", "trackers", "checkpoint_every",
+     "keep_checkpoints", "max_skipped_updates", "batch_size", "gradient_accumulation_steps"]
 )  # fmt: skip
 
 
@@ -40,9 +54,17 @@ def run_facts(
     """
     packages = ("t5slim", "torch", "diffusers", "transformers", "accelerate")
     batch = config.batch_size * config.gradient_accumulation_steps * processes
+    teacher: Any = teacher_of(pipe)
+    denoiser = next(d for name in DENOISERS if (d := getattr(pipe, name, None)) is not None)
+    device = torch.device(pipe._execution_device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     facts = {
+        "run_id": uuid.uuid4().hex[:8],
         "pipeline": type(pipe).__name__,
         "pipeline_name_or_path": pipe.config.get("_name_or_path"),
+        "pipeline_source": _source(denoiser.config.get("_name_or_path")),
+        "teacher": type(teacher).__name__,
+        "teacher_source": _source(teacher.config.name_or_path),
         "students": [student.config.to_diff_dict() for student in students],
         "config": config.to_dict(),
         "prompts_per_update": batch,
@@ -50,12 +72,16 @@ def run_facts(
         "prompts": _prompt_facts(prompts),
         "eval_prompts": None if eval_prompts is None else _prompt_facts(PromptList(eval_prompts)),
         "versions": {name: _version(name) for name in packages},
+        "hardware": f"{processes} x {hardware} ({device.type})",
     }
     return json.loads(json.dumps(facts, default=str))
 
 
-def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
+def check_same_run(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Refuse to go on with a run that was another one.
+
+    Returns:
+        The facts, with the id of the run that goes on.
 
     Raises:
         DistillError: the folder holds a run with other settings (the message says which), or
@@ -64,10 +90,11 @@ def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / METADATA_FILE
     if not path.exists():
         check_output_dir(folder)
-        return
+        return facts
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         then, now = _what_counts(before), _what_counts(facts)
+        run_id = before["run_id"]
     except (ValueError, KeyError, TypeError) as error:
         raise DistillError(f"{path} is damaged ({error}): this run can't be continued.") from error
     differences = [
@@ -81,6 +108,7 @@ def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
             + "; ".join(differences)
             + ". Pass what the run was started with, or another output_dir."
         )
+    return facts | {"run_id": run_id}
 
 
 def check_output_dir(folder: Path) -> None:
@@ -95,6 +123,39 @@ def check_output_dir(folder: Path) -> None:
             )
 
 
+def repository_names(push_to_hub: bool | str, folder: Path | None, students: int) -> list[str]:
+    """The repository of each student.
+
+    Raises:
+        DistillError: there is no folder to name them after.
+    """
+    if push_to_hub is False:
+        return []
+    if push_to_hub is True and folder is None:
+        raise DistillError(
+            "push_to_hub=True names the repository after output_dir, and there is none: pass "
+            "push_to_hub='owner/name'."
+        )
+    name = folder.resolve().name if folder is not None and push_to_hub is True else push_to_hub
+    return [f"{name}-{i}" if students > 1 else str(name) for i in range(students)]
+
+
+def make_repositories(names: list[str]) -> None:
+    """Make them where needed: rather now than after a week of training.
+
+    Raises:
+        HubAccessError: that failed.
+    """
+    for name in names:
+        try:
+            HfApi().create_repo(name, exist_ok=True)
+        except Exception as error:  # whatever it is of the client's or the network's
+            raise HubAccessError(
+                f"push_to_hub: {name!r} can't be made or written on the Hub. Log in with "
+                f"`hf auth login`, with a token that may write. {error}"
+            ) from error
+
+
 class Records:
     """What is written of one student; with `folder` None, nothing."""
 
@@ -103,40 +164,92 @@ class Records:
         self._facts = facts
         self._write_metadata({})
 
-    def add(self, entry: dict[str, Any], outcome: dict[str, Any]) -> None:
+    def add(self, result: DistillResult) -> None:
         """Note an evaluation."""
-        if self._folder is None:
-            return
-        with open(self._folder / HISTORY_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        self._write_metadata(outcome)
+        if self._folder is not None:
+            self._write_history(result.history)
+            self._write_metadata(result.facts())
 
     def resume_history(self, step: int) -> list[dict[str, Any]]:
         """The evaluations up to a checkpoint; what came after it is forgotten."""
         if self._folder is None:
             return []
         path = self._folder / HISTORY_FILE
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # cut short as the run was killed
-                break
-            if entry["step"] <= step:
-                kept.append(entry)
-        _write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        entries = map(json.loads, lines)
+        kept = [entry for entry in entries if entry["step"] <= step]
+        self._write_history(kept)
         return kept
+
+    def add_samples(self, sheet: Image.Image, step: int) -> None:
+        """Keep a sheet of sample pictures."""
+        if self._folder is not None:
+            path = self._folder / SAMPLES / f"{step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            sheet.save(temporary, format="png")
+            os.replace(temporary, path)
 
     def save_student(self, student: SlimT5Encoder) -> None:
         """Write the student, as `SlimT5Encoder.from_pretrained` reads it."""
         if self._folder is not None:
             student.save_pretrained(self._folder)
 
+    def finish(self, result: DistillResult) -> None:
+        """Write the student, a plot, and a model card, in which words that were there stay."""
+        if self._folder is None:
+            return
+        self.save_student(result.student)
+        self._write_metadata(result.facts())
+        plot_run(result.history, self._folder / PLOT_FILE)
+        if sheets := sorted((self._folder / SAMPLES).glob("*.png")):
+            _write(self._folder / LAST_SAMPLES_FILE, sheets[-1].read_bytes())
+        path = self._folder / "README.md"
+        card = ModelCard.load(path) if path.exists() else None
+        name = self._folder.resolve().name
+        card = model_card.write_facts(card, result.student, name, self._notes(result))
+        _write(path, str(card).encode())
+
+    def push(self, result: DistillResult, repo_id: str) -> None:
+        """Upload the student to the Hub, with the facts and pictures of its model card.
+
+        Raises:
+            DistillError: that failed; the student is still where it was saved.
+        """
+        try:
+            result.student.push_to_hub(
+                repo_id, notes=self._notes(result), files=list(self._pictures().values())
+            )
+        except Exception as error:  # whatever it is of the client's or the network's
+            where = "" if self._folder is None else f" It is in {str(self._folder)!r}:"
+            raise DistillError(
+                f"The student is trained, but can't be uploaded to {repo_id!r}: {error}.{where} "
+                f"call push_to_hub({repo_id!r}) on it."
+            ) from error
+
+    def _notes(self, result: DistillResult) -> str:
+        return describe_run(self._facts, result, {n: p.name for n, p in self._pictures().items()})
+
+    def _pictures(self) -> dict[str, Path]:
+        """Those of the model card that there are, by what they show."""
+        if self._folder is None:
+            return {}
+        files = {
+            "The course of the run": self._folder / PLOT_FILE,
+            "The teacher and the student": self._folder / LAST_SAMPLES_FILE,
+        }
+        return {name: path for name, path in files.items() if path.exists()}
+
+    def _write_history(self, entries: list[dict[str, Any]]) -> None:
+        if self._folder is not None:
+            lines = (json.dumps(entry) + "\n" for entry in entries)
+            _write(self._folder / HISTORY_FILE, "".join(lines).encode())
+
     def _write_metadata(self, outcome: dict[str, Any]) -> None:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             content = {**self._facts, "result": outcome}
-            _write(self._folder / METADATA_FILE, json.dumps(content, indent=2) + "\n")
+            _write(self._folder / METADATA_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _prompt_facts(prompts: PromptSource) -> dict[str, Any]:
@@ -159,10 +272,19 @@ def _short(value: Any) -> str:
     return text if len(text) < 100 else text[:97] + "..."
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def _source(name_or_path: str | None) -> dict[str, str | None]:
+    """Hub id and commit of what was loaded from there; a folder is nobody's business."""
+    path = (name_or_path or "").replace(os.sep, "/")
+    if found := re.search(r"models--(.+?)--([^/]+)/snapshots/([0-9a-f]{40})", path):
+        return {"name": f"{found[1]}/{found[2]}", "revision": found[3]}
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path)
+    return {"name": path if is_id else None, "revision": None}
 
 
 def _version(package: str) -> str | None:

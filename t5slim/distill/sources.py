@@ -46,7 +46,7 @@ class PipelineSource:
     class_name: str | None = None
     revision: str | None = None
     variant: str | None = None
-    dtype: str | Mapping[str, str] | None = None
+    dtype: str | Mapping[str, str] = "float32"
     quantization: Mapping[str, Any] | None = None
     cache_dir: str | None = None
     local_files_only: bool = False
@@ -63,8 +63,7 @@ class PipelineSource:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected true or false.")
         for dtype in self.dtype.values() if isinstance(self.dtype, Mapping) else (self.dtype,):
-            if dtype is not None:
-                _dtype(dtype)
+            _dtype(dtype)
         if self.quantization is not None:
             known = ("quant_backend", "quant_kwargs", "components_to_quantize", "quant_mapping")
             check_keys(self.quantization, known, "quantization")
@@ -110,10 +109,10 @@ class PipelineSource:
             HubAccessError: it can't be read.
         """
         kwargs: dict[str, Any] = dict.fromkeys(without) | self._access()
-        if isinstance(self.dtype, Mapping):
-            kwargs["dtype"] = {name: _dtype(dtype) for name, dtype in self.dtype.items()}
-        elif self.dtype is not None:
+        if isinstance(self.dtype, str):
             kwargs["dtype"] = _dtype(self.dtype)
+        else:
+            kwargs["dtype"] = {name: _dtype(dtype) for name, dtype in self.dtype.items()}
         if self.quantization is not None:
             from diffusers import PipelineQuantizationConfig
 

@@ -9,13 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.utils import broadcast  # type: ignore[import-untyped]
+from accelerate.utils import ProjectConfiguration, broadcast  # type: ignore[import-untyped]
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,40 +28,21 @@ from .learner import Learner
 from .metrics import VelocityGap
 from .objective import Objective
 from .prompts import Prompts, PromptSchedule, PromptSource, load_prompts, prompt_source
-from .records import CHECKPOINTS, Records, check_output_dir, check_same_run, run_facts
-from .states import cpu_attention, frozen, master_weights
+from .records import (
+    CHECKPOINTS,
+    Records,
+    check_output_dir,
+    check_same_run,
+    make_repositories,
+    repository_names,
+    run_facts,
+)
+from .result import DistillResult
+from .samples import Samples
+from .states import frozen, master_weights
 from .teacher import PromptTable
+from .tracking import Trackers, history_entry, peak_memory_gib, reset_peak_memory, tracker_names
 from .walk import check_pipeline_kwargs
-
-
-@dataclass
-class DistillResult:
-    """What a distillation came to.
-
-    Attributes:
-        student: the student that was passed, trained: averaged weights, in its dtype, in eval mode.
-        steps: updates made.
-        skipped: of them, those left out because a gradient wasn't finite.
-        seconds: training time, without evaluations and checkpoints.
-        teacher_rows: batch rows that the denoiser predicted for the teacher, over all processes.
-        student_rows: batch rows that it predicted for this student (and went backwards through).
-        loss: mean over the updates since the last entry of `history`.
-        gap: velocity gap of the student on `eval_prompts`; None without.
-        raw_gap: the same with the last weights instead of the averaged ones.
-        history: an entry for each evaluation: step, seconds, teacher_rows, student_rows, loss,
-            gap. The file `history.jsonl` holds the same.
-    """
-
-    student: SlimT5Encoder
-    steps: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    teacher_rows: int = 0
-    student_rows: int = 0
-    loss: float = math.nan
-    gap: float | None = None
-    raw_gap: float | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @overload
@@ -76,6 +56,7 @@ def train(
     eval_prompts: Prompts | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    push_to_hub: bool | str = False,
 ) -> DistillResult: ...
 @overload
 def train(
@@ -88,6 +69,7 @@ def train(
     eval_prompts: Prompts | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    push_to_hub: bool | str = False,
 ) -> list[DistillResult]: ...
 def train(
     pipe: Any,
@@ -99,6 +81,7 @@ def train(
     eval_prompts: Prompts | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    push_to_hub: bool | str = False,
 ) -> DistillResult | list[DistillResult]:
     """Distil `student` to take the place of the T5 in `pipe`. No images are needed, only prompts.
 
@@ -130,21 +113,27 @@ def train(
         eval_prompts: prompts to measure the velocity gap on every `config.eval_every` updates, as a
             list or file. They should not be among `prompts`.
         output_dir: where to save the student (at each evaluation and in the end) with
-            `history.jsonl`, `distillation.json` and `checkpoints/`. Loaded with
+            `history.jsonl`, `distillation.json` and `checkpoints/`; in the end also `README.md`, a
+            model card, and `run.png`, a plot. Loaded with
             `SlimT5Encoder.from_pretrained(output_dir)`. Of several students, each has a folder in
             it: `student-0`, `student-1`...
         resume: go on with the run in `output_dir`; start it, if there is none yet.
+        push_to_hub: upload the student in the end, with its model card: to this repository
+            (`owner/name`), or, if True, to one that is named as `output_dir`. It is made before the
+            training. Of several students, each has one: `owner/name-0`, `owner/name-1`...
 
     Returns:
         A `DistillResult`, whose `student` is the one passed; of several students, a list of them.
 
     Raises:
         DistillError: no prompts; a student that is the teacher; an `output_dir` that holds another
-            run, or can't be written; `pipeline_kwargs` that the pipeline doesn't take; or too many
-            gradients in a row that are not finite. The student then holds the last good weights.
+            run, or can't be written; `pipeline_kwargs` that the pipeline doesn't take; a tracker
+            that isn't installed; or too many gradients in a row that are not finite. The student
+            then holds the last good weights.
         NoT5SlotError: the pipeline has no T5.
         IncompatibleStudentError: the student has another vocabulary, or rows of another width.
         ConfigError: see `DistillConfig`.
+        HubAccessError: the repository of `push_to_hub` can't be made or written.
         KeyboardInterrupt: after a checkpoint was written.
     """
     config = config or DistillConfig()
@@ -159,17 +148,29 @@ def train(
     for one in students:
         check_trainable(pipe, one, config)
     check_pipeline_kwargs(pipe, kwargs)
-    accelerator = Accelerator()
-    facts = run_facts(pipe, students, config, kwargs, source, held_out, accelerator.num_processes)
     folder = None if output_dir is None else Path(output_dir)
     if resume and folder is None:
         raise DistillError("resume=True needs the output_dir of the run that is to go on.")
+    if config.samples_every and (held_out is None or folder is None):
+        raise DistillError(
+            "samples_every needs eval_prompts, of which the first are painted, and an output_dir."
+        )
+    accelerator = Accelerator(
+        log_with=tracker_names(config, folder) or None,
+        project_config=ProjectConfiguration(
+            logging_dir=None if folder is None else folder / "logs"
+        ),
+    )
+    facts = run_facts(pipe, students, config, kwargs, source, held_out, accelerator.num_processes)
     checkpoint = None
     if folder is not None and resume:
-        check_same_run(folder, facts)
+        facts = check_same_run(folder, facts)
         checkpoint = load_checkpoint(folder / CHECKPOINTS)
     elif folder is not None:
         check_output_dir(folder)
+    repositories = repository_names(push_to_hub, folder, len(students))
+    if accelerator.is_main_process:
+        make_repositories(repositories)
 
     device = torch.device(pipe._execution_device)
     with ExitStack() as stack:
@@ -183,9 +184,16 @@ def train(
             run.restore(checkpoint)
         run.updates(stack.enter_context(_interruptible()))
         results = run.finish()
+    # With the students in their own dtype again.
     for result, records in zip(results, run.records, strict=True):
-        records.save_student(result.student)  # in its own dtype again
+        records.finish(result)
+    if accelerator.is_main_process:
+        for result, records, repository in zip(results, run.records, repositories, strict=False):
+            records.push(result, repository)
     return results if isinstance(student, Sequence) else results[0]
+
+
+_SECONDS_BETWEEN_LOSSES = 5.0
 
 
 class _Run:
@@ -209,31 +217,40 @@ class _Run:
         self._folder = folder if accelerator.is_main_process else None
         self._step = 0
         self._seconds = 0.0
-        self._measure = None
+        self._rate = 0.0  # of the last update
+        self._prompts_per_update = facts["prompts_per_update"]
+        self._measure = self._samples = None
         if held_out is not None and accelerator.is_main_process:
+            if config.samples_every:
+                painted = held_out[: config.sample_prompts]
+                self._samples = Samples(pipe, painted, pipeline_kwargs, config.seed)
             self._measure = VelocityGap(pipe, held_out, pipeline_kwargs=pipeline_kwargs)
         process = (accelerator.process_index, accelerator.num_processes)
         table = PromptTable()
         self._examples = Examples(pipe, source, config, pipeline_kwargs, table, process)
         self._objective = Objective(pipe, table, config)
         self._learners = [Learner(accelerator, s, config, self._device) for s in students]
-        # Sum and number since the last evaluation; on the device, as reading would wait for it.
+        # Sum and number since the last evaluation; on the device, as reading waits for it. For the
+        # bar, the first student's is read every few seconds.
         self._losses = torch.zeros(2, len(students), device=self._device)
-        self._results = [DistillResult(student) for student in students]
+        self._loss, self._loss_read = math.nan, -math.inf
+        reset_peak_memory(self._device)
         folders = [self._folder] * len(students)
         if self._folder is not None and len(students) > 1:
             folders = [self._folder / f"student-{i}" for i in range(len(students))]
             Records(self._folder, facts)
         self.records = [Records(folder, facts) for folder in folders]
+        self._results = [DistillResult(s, f) for s, f in zip(students, folders, strict=True)]
+        self._trackers = Trackers(accelerator, folder, facts, len(students))
 
     def updates(self, interrupted: Callable[[], int | None]) -> None:
         """Train until `max_steps` or `max_seconds`, whichever comes first."""
         config = self._config
         bar = tqdm(
-            total=config.max_steps, initial=self._step, desc="distil", unit="update",
-            disable=not self._accelerator.is_main_process,
+            total=self._expected_steps(), initial=self._step, desc="distil", unit="update",
+            smoothing=0, disable=not self._accelerator.is_main_process,
         )  # fmt: skip
-        with bar:
+        with self._trackers.started(self._step), bar:
             finished = self._step >= config.max_steps or self._out_of_time()
             while not finished:
                 start = time.perf_counter()
@@ -243,12 +260,16 @@ class _Run:
                 finished = self._step >= config.max_steps or self._out_of_time()
                 if finished or self._step % config.eval_every == 0:
                     self._evaluate(finished)
-                signal_number = self._agreed(interrupted() or 0)
+                if config.samples_every and (finished or self._step % config.samples_every == 0):
+                    self._paint_samples()
+                signal_number = int(self._highest(interrupted() or 0))
                 if finished or signal_number or self._step % config.checkpoint_every == 0:
                     self._save_checkpoint()
                 if signal_number:
                     self._stop(signal_number)
-                bar.set_postfix(self._postfix(), refresh=False)
+                bar.total = self._expected_steps()
+                if not bar.disable:
+                    bar.set_postfix(self._postfix(), refresh=False)
                 bar.update()
 
     def finish(self) -> list[DistillResult]:
@@ -272,8 +293,7 @@ class _Run:
             learner.restore(tensors, counters["learners"][i])
             result = self._results[i]
             result.history = self.records[i].resume_history(checkpoint.step)
-            for name, value in counters["results"][i].items():
-                setattr(result, name, value)
+            result.restore(counters["results"][i])
         self._examples.restore(counters["examples"])
 
     # --- one update ---
@@ -288,15 +308,14 @@ class _Run:
                 # Dropout is a function of the update, too, so that no generator needs to be saved,
                 # and the students of a series drop out as each would by itself.
                 self._seed(update, number)
-                with cpu_attention(self._device, config.autocast_dtype):
-                    loss = self._objective.loss(learner.encode, batch, weights)
-                    learner.backward(loss, last=number == steps)
+                loss = self._objective.loss(learner.encode, batch, weights)
+                learner.backward(loss, last=number == steps)
                 finite = loss.detach().isfinite()
                 self._losses[0, i] += torch.where(finite, loss.detach(), 0)
                 self._losses[1, i] += finite
-        rate = config.learning_rate_at(update, self._seconds)
+        self._rate = config.learning_rate_at(update, self._seconds)
         for learner in self._learners:
-            learner.step(update, rate)
+            learner.step(update, self._rate)
             if learner.skipped_in_a_row >= config.max_skipped_updates:
                 self._give_up(learner)
 
@@ -315,12 +334,12 @@ class _Run:
 
     # --- when to stop ---
 
-    def _agreed(self, value: float) -> int:
-        """The highest value of any process: all must stop at the same update."""
+    def _highest(self, value: float) -> float:
+        """The highest value of any process."""
         if self._accelerator.num_processes == 1:
-            return int(value)
-        values = self._accelerator.gather(torch.tensor([int(value)], device=self._device))
-        return int(values.max())
+            return value
+        values = self._accelerator.gather(torch.tensor([value], device=self._device))
+        return values.max().item()
 
     def _out_of_time(self) -> bool:
         if self._config.max_seconds is None:
@@ -329,6 +348,14 @@ class _Run:
             seconds = torch.tensor(self._seconds, dtype=torch.float64, device=self._device)
             self._seconds = broadcast(seconds).item()
         return self._seconds >= self._config.max_seconds
+
+    def _expected_steps(self) -> int:
+        """Updates in all, for the bar: whatever ends the run first, its ETA is the run's."""
+        config = self._config
+        if config.max_seconds is None or not self._step:
+            return config.max_steps
+        in_time = round(self._step * config.max_seconds / self._seconds)
+        return min(config.max_steps, max(self._step, in_time))
 
     def _stop(self, signal_number: int) -> None:
         how = "" if self._folder is None else (
@@ -346,20 +373,37 @@ class _Run:
         sums, counts = self._accelerator.reduce(self._losses, "sum")
         losses = sums / counts  # NaN, if none was finite
         self._losses.zero_()
+        memory = self._highest(peak_memory_gib(self._device))
         for i, (learner, result) in enumerate(zip(self._learners, self._results, strict=True)):
             self._update_result(i)
             result.loss = losses[i].item()
+            result.peak_memory_gib = max(memory, result.peak_memory_gib)
             if self._measure is not None:
-                result.gap = self._measure(learner.average)
-                if finished:
-                    averaged = learner.average is not learner.student
-                    result.raw_gap = self._measure(learner.student) if averaged else result.gap
-            names = ("seconds", "teacher_rows", "student_rows", "skipped", "loss", "gap")
-            entry = {"step": result.steps, **{name: getattr(result, name) for name in names}}
+                # Real tokens and padding apart are two more rounds, and so for the end.
+                result.report = self._measure.report(learner.average, parts=finished)
+                result.gap = result.raw_gap = result.report.gap
+                if learner.average is not learner.student:
+                    result.raw_gap = self._measure(learner.student)
+            entry = history_entry(
+                result,
+                learning_rate=self._rate,
+                grad_norms=learner.take_grad_norms(),
+                prompts_per_update=self._prompts_per_update,
+                students=len(self._learners),
+            )
             result.history.append(entry)
-            self.records[i].add(entry, _plain(result))
+            self.records[i].add(result)
+            self._trackers.log(entry, i)
             if not finished:  # `train` saves the last one, in the student's own dtype
                 self.records[i].save_student(learner.average)
+        self._accelerator.wait_for_everyone()
+
+    def _paint_samples(self) -> None:
+        if self._samples is not None and self._samples.pictures:
+            for i, (learner, records) in enumerate(zip(self._learners, self.records, strict=True)):
+                sheet = self._samples.sheet(learner.average, f"student, update {self._step:,}")
+                records.add_samples(sheet, self._step)
+                self._trackers.show(sheet, self._step, i)
         self._accelerator.wait_for_everyone()
 
     def _update_result(self, i: int) -> None:
@@ -384,7 +428,7 @@ class _Run:
                 own, plain = learner.state()
                 tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
                 counters["learners"].append(plain)
-                counters["results"].append(_plain(self._results[i]))
+                counters["results"].append(self._results[i].facts())
             save_checkpoint(
                 self._folder / CHECKPOINTS, self._step, tensors, counters,
                 self._config.keep_checkpoints,
@@ -392,16 +436,16 @@ class _Run:
         self._accelerator.wait_for_everyone()
 
     def _postfix(self) -> dict[str, str]:
-        loss = self._results[0].loss
+        now = time.monotonic()
+        if now - self._loss_read > _SECONDS_BETWEEN_LOSSES:
+            self._loss_read = now
+            sums, counts = self._losses[:, 0].tolist()
+            self._loss = sums / counts if counts else self._results[0].loss
         gaps = [result.gap for result in self._results if result.gap is not None]
-        shown = {"loss": f"{loss:.3g}"}
+        shown = {"loss": f"{self._loss:.3g}"}
         if gaps:
             shown["gap"] = " ".join(f"{gap:.4f}" for gap in gaps)
         return shown
-
-
-def _plain(result: DistillResult) -> dict[str, Any]:
-    return {k: v for k, v in vars(result).items() if k not in ("student", "history")}
 
 
 @contextmanager

@@ -228,7 +228,8 @@ def run_pipeline(
     denoise: Denoise,
     zero_pooled: bool = False,
     grad: bool = False,
-) -> None:
+    output_type: str = "latent",
+) -> Any:
     """Call `pipe` with `encode` in place of its T5 and `denoise` in place of its denoiser.
 
     Args:
@@ -241,6 +242,10 @@ def run_pipeline(
         zero_pooled: `denoise` sees zeros for `pooled_projections`.
         grad: keep the autograd graph from T5's rows to the denoiser's arguments, for which the
             pipeline's call is taken from under its `torch.no_grad`.
+        output_type: "latent" decodes nothing; "pil" does.
+
+    Returns:
+        What the pipeline returns.
     """
     encoder = teacher_of(pipe)
     check_pipeline_kwargs(pipe, pipeline_kwargs)
@@ -290,7 +295,7 @@ def run_pipeline(
         else:
             images = range(images_per_prompt(pipeline_kwargs))
             generator = [torch.Generator().manual_seed(s + i) for s in seed for i in images]
-        call(list(prompts), generator=generator, output_type="latent", **kwargs)
+        return call(list(prompts), generator=generator, output_type=output_type, **kwargs)
 
 
 def teacher_of(pipe: Any) -> nn.Module:
@@ -312,8 +317,9 @@ def teacher_of(pipe: Any) -> nn.Module:
 
 
 def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None:
-    """Refuse names that the pipeline doesn't take, or that the library sets itself."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    """Refuse names that a pipeline, or class of them, doesn't take, or that the library sets."""
+    cls = pipe if isinstance(pipe, type) else type(pipe)
+    parameters = inspect.signature(cls.__call__).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in pipeline_kwargs:
         if name in RESERVED_KWARGS or name.endswith("prompt_embeds"):
@@ -323,7 +329,7 @@ def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None
             )
         if name not in parameters and not open_ended:
             raise DistillError(
-                f"pipeline_kwargs holds {name!r}, which {type(pipe).__name__} doesn't take. It "
+                f"pipeline_kwargs holds {name!r}, which {cls.__name__} doesn't take. It "
                 f"takes {', '.join(p for p in parameters if p != 'self')}."
             )
 
