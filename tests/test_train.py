@@ -23,7 +23,7 @@ from t5slim.errors import DistillError, IncompatibleStudentError, NoT5SlotError
 
 QUICK: dict[str, Any] = {
     "batch_size": 4, "reservoir_walks": 8, "warmup_steps": 2, "learning_rate": 5e-3,
-    "ema_decay": 0.9,
+    "ema_decay": 0.9, "objective": "velocity",
 }  # fmt: skip
 
 
