@@ -2,7 +2,7 @@
 
     python examples/compare_objectives.py --minutes 6 --out runs
 
-Velocity with a shuffled reservoir, as by default; the same after a warm-up on embeddings; the
+Velocity with a shuffled reservoir; the same after a warm-up on embeddings, as by default; the
 paper's settings (velocity, consecutive updates along a walk); and naive embedding matching. Each
 run gets the machine for itself, one after the other. The gap is that of held-out captions; the
 pictures are judged at the end.
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     common = {"max_seconds": args.minutes * 60, "eval_every": 250, "seed": args.seed}
     configs = {
-        "velocity": settings(**common),
+        "velocity": settings(objective="velocity", **common),
         "warm-up": settings(
             objective={"embedding": {"until": 1000}, "velocity": {"start": 1000}}, **common
         ),

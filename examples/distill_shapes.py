@@ -57,7 +57,7 @@ def main() -> None:
         pipe,
         student,
         prompts,
-        settings(max_seconds=0.8 * seconds),
+        settings(objective="velocity", max_seconds=0.8 * seconds),
         pipeline_kwargs=CALL,
         eval_prompts=eval_prompts,
         output_dir=args.out,

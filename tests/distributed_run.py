@@ -21,7 +21,7 @@ def run(folder: Path, name: str, **changes: Any) -> None:
     student = tiny_student(pipe, dropout_rate=0.0)
     settings = {
         "max_steps": 20, "eval_every": 1, "reservoir_walks": 16, "learning_rate": 5e-3,
-        "warmup_steps": 2, "ema_decay": 0.9, "checkpoint_every": 7,
+        "warmup_steps": 2, "ema_decay": 0.9, "checkpoint_every": 7, "objective": "velocity",
     }  # fmt: skip
     result = train(
         pipe, student, PROMPTS, DistillConfig(**settings | changes),

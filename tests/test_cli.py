@@ -100,7 +100,10 @@ def test_what_is_saved_is_read_as_the_same(file: str, tmp_path: Path) -> None:
         ("promts=x", r"unknown key 'promts'. Did you mean 'prompts'\?"),
         ("config.max_step=9", r"config: unknown key 'max_step'. Did you mean 'max_steps'\?"),
         ("pipeline.revison=x", r"pipeline: unknown key 'revison'. Did you mean 'revision'\?"),
-        ("student.d_modle=8", r"unknown key 'd_modle' in a student's config. Did you mean 'd_model'"),
+        (
+            "student.d_modle=8",
+            r"unknown key 'd_modle' in a student's config. Did you mean 'd_model'",
+        ),
         ("config.max_steps=many", "config: max_steps is 'many'; expected an integer above 0"),
         ("config.trajectory_weights=3", "config: .*not iterable"),
         ("config=fast", "config is 'fast'; expected keys and values"),
@@ -300,14 +303,18 @@ def test_with_a_cache_t5_and_denoiser_never_meet(
     assert loaded == ["transformer"]
     message = "can't be continued with other settings.*config.seed: then 0, now 7"
     with pytest.raises(SystemExit, match=message):
-        main(["--config", file, f"teacher_cache={tmp_path / 'new'}", "resume=true", "config.seed=7"])
+        main(
+            ["--config", file, f"teacher_cache={tmp_path / 'new'}", "resume=true", "config.seed=7"]
+        )
     assert not (tmp_path / "new").exists()
 
 
 # --- many processes ---
 
 
-def test_two_processes_share_the_denoiser(file: str, content: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_share_the_denoiser(
+    file: str, content: dict[str, Any], tmp_path: Path
+) -> None:
     alike = ["config.ema_decay=0.5", "student.dropout_rate=0.0", "eval_prompts=null"]
     main(["--config", file, "config.batch_size=4", f"output_dir={tmp_path / 'one'}", *alike])
     command = [

@@ -71,3 +71,11 @@ def test_learning_rate_ends_with_the_time_if_that_is_first() -> None:
 def test_settings_survive_json() -> None:
     config = DistillConfig(guidance_scales=(3.5,), seed=3)
     assert DistillConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_turns_may_be_shares_of_the_run() -> None:
+    terms = DistillConfig(max_steps=500).terms
+    assert terms["embedding"].until == terms["velocity"].start == 50
+    assert terms["embedding"].weight_at(0) == 1 and terms["velocity"].weight_at(49) == 0
+    short = DistillConfig(max_steps=2).terms
+    assert short["velocity"].weight_at(1) == 1 and short["embedding"].weight_at(1) == 0

@@ -58,7 +58,8 @@ class Noted(PromptSource):
 def test_prompts_and_rows_are_those_of_the_run(name: str, settings: dict[str, Any]) -> None:
     pipe = TINY_PIPELINES[name]()
     config = DistillConfig(
-        **{"max_steps": 14, "batch_size": 2, "reservoir_walks": 8, "empty_prompt_share": 0.1}
+        **{"objective": "velocity", "max_steps": 14, "batch_size": 2, "reservoir_walks": 8}
+        | {"empty_prompt_share": 0.1}
         | settings
     )
     kwargs = call_kwargs(pipe)

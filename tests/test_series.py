@@ -16,7 +16,7 @@ from t5slim.errors import DistillError
 
 CONFIG: dict[str, Any] = {
     "max_steps": 12, "batch_size": 4, "reservoir_walks": 8, "warmup_steps": 2, "ema_decay": 0.9,
-    "learning_rate": 5e-3, "eval_every": 6,
+    "learning_rate": 5e-3, "eval_every": 6, "objective": "velocity",
 }  # fmt: skip
 
 

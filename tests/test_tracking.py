@@ -27,6 +27,7 @@ from t5slim.errors import ConfigError, DistillError
 CONFIG: dict[str, Any] = {
     "max_steps": 6, "batch_size": 4, "reservoir_walks": 8, "warmup_steps": 2, "ema_decay": 0.9,
     "learning_rate": 5e-3, "eval_every": 2, "trackers": (),
+    "objective": "velocity",
 }  # fmt: skip
 
 

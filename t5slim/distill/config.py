@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ class Term:
         weight: of the term in the sum, its highest.
         start: the first update in which it counts.
         until: from `start` on, the weight falls linearly to zero at this update; None: it stays.
+            In a `DistillConfig`, both may be shares of `max_steps`, such as 0.1.
     """
 
     weight: float = 1.0
@@ -39,6 +40,10 @@ class Term:
         return self.weight * max(0.0, 1 - (update - self.start) / (self.until - self.start))
 
 
+def _warm_up() -> dict[str, Any]:
+    return {"embedding": {"until": 0.1}, "velocity": {"start": 0.1}}
+
+
 @dataclass(frozen=True)
 class DistillConfig:
     """How `train` distils; every default is meant to be used as it is.
@@ -48,8 +53,9 @@ class DistillConfig:
             "embedding": the text rows (`EmbeddingLoss`), with no denoiser pass at all;
             "relational": the distances between the prompts of a batch (`RelationalLoss`). Or a
             weighted sum, `{"velocity": 1, "embedding": 0.1}`, whose weights may change as training
-            goes on: `{"embedding": {"until": 2000}, "velocity": {"start": 2000}}` warms up without
-            the denoiser (see `Term`).
+            goes on (see `Term`). The default warms up on embeddings, which asks the denoiser
+            nothing, for a tenth of the updates: from a fresh projection, velocity alone finds no
+            way for long (docs/log.md).
         trajectory_weights: weights of the first, middle and last third of the trajectory in the
             loss; the velocity gap is reported by the same thirds.
         max_steps: updates of the student.
@@ -100,7 +106,7 @@ class DistillConfig:
         ConfigError: a value is out of range; the message says which and what is allowed.
     """
 
-    objective: str | Mapping[str, Any] = "velocity"
+    objective: str | Mapping[str, Any] = field(default_factory=_warm_up)
     trajectory_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     max_steps: int = 10_000
     max_seconds: float | None = None
@@ -197,7 +203,7 @@ class DistillConfig:
                 f"objective is {given!r}; expected one of {', '.join(OBJECTIVES)}, or a mapping of "
                 "such names to weights."
             )
-        return {name: _term(name, value) for name, value in terms.items()}
+        return {name: _term(name, value, self.max_steps) for name, value in terms.items()}
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -256,14 +262,18 @@ _CHOICES = {
 }
 
 
-def _term(name: str, value: Any) -> Term:
+def _term(name: str, value: Any, max_steps: int) -> Term:
     if name not in OBJECTIVES:
         raise ConfigError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}.")
     settings = dict(value) if isinstance(value, Mapping) else {"weight": value}
-    known = [field.name for field in fields(Term)]
+    known = [one.name for one in fields(Term)]
     for key in settings:
         if key not in known:
             raise ConfigError(f"objective {name!r} has {key!r}; expected {', '.join(known)}.")
+    for key in ("start", "until"):
+        share = settings.get(key)
+        if isinstance(share, float) and 0 < share < 1:
+            settings[key] = max(1, round(share * max_steps))
     term = Term(**settings)
     if not _is_finite(term.weight) or term.weight <= 0:
         raise ConfigError(f"objective {name!r}: weight {term.weight!r} is no number above 0.")
