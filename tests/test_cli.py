@@ -7,22 +7,22 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny import PROMPTS, call_kwargs, tiny_flux
 
 from t5slim import SlimT5Encoder
-from t5slim.distill import DistillConfig, DistillRun, PromptSchedule, make_plan
+from t5slim.distill import DistillConfig, DistillRun, PromptSchedule
 from t5slim.distill.__main__ import main
 from t5slim.distill.prompts import prompt_source
 from t5slim.distill.sources import PipelineSource, load_student
-from t5slim.errors import ConfigError, HubAccessError, NoT5SlotError, T5SlimError
+from t5slim.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -165,18 +165,18 @@ def test_students_of_each_kind(pipeline: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_examples_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_examples_are_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "captions.txt").write_text("a red circle\ntwo owls\n")
     run = DistillRun.load(path)
-    prompts = _without_downloads(run.prompts)
-    prompt_source(prompts)
-    if path.stem.endswith("paper"):
+    prompts = prompt_source(run.prompts)
+    if path.stem == "flux_dev_paper":
         assert run.config == DistillConfig.paper(max_steps=320_000, **_changed(run.config))
-        captions = _without_downloads({"dataset": "x"})
-        paper = PromptSchedule.paper(captions, 320_000)
-        assert prompt_source(prompts).fingerprint() == paper.fingerprint()
+        assert prompts.fingerprint() == PromptSchedule.paper("captions.txt").fingerprint()
         assert run.config.batch_size * 8 == 32
         assert run.pipeline_kwargs["num_inference_steps"] == 20
+        assert run.pipeline_kwargs["max_sequence_length"] == 77
 
 
 def _changed(config: DistillConfig) -> dict[str, Any]:
@@ -184,17 +184,6 @@ def _changed(config: DistillConfig) -> dict[str, Any]:
     names = ("batch_size", "mixed_precision", "gradient_checkpointing", "eval_every",
              "checkpoint_every", "keep_checkpoints", "samples_every")  # fmt: skip
     return {name: getattr(config, name) for name in names}
-
-
-def _without_downloads(prompts: Any) -> Any:
-    """With a list in the place of files and data sets, which need not be here."""
-    if isinstance(prompts, dict) and "dataset" in prompts:
-        return ["a red circle", "two owls"]
-    if isinstance(prompts, str) and not Path(prompts).exists():
-        return ["a red circle", "two owls"]
-    if isinstance(prompts, dict):
-        return {key: _without_downloads(value) for key, value in prompts.items()}
-    return [_without_downloads(p) for p in prompts] if isinstance(prompts, list) else prompts
 
 
 # --- the command ---
@@ -220,9 +209,9 @@ def test_a_run_and_its_plan(
     assert DistillRun.load(out / "run.yaml").config.keep_checkpoints == 1
     SlimT5Encoder.from_pretrained(out)
 
-    with pytest.raises(SystemExit, match="holds another run or model.*resume=True"):
+    with pytest.raises(SystemExit, match="holds another run or model"):
         main(["--config", file])
-    with pytest.raises(SystemExit, match="learning_rate: then 0.0005, now 0.1"):
+    with pytest.raises(SystemExit, match=r"learning_rate: then 0\.0005, now 0\.1"):
         main(["--config", file, "resume=true", "config.learning_rate=0.1"])
     assert "keep_checkpoints: 1" in (out / "run.yaml").read_text()  # as it was begun
     before = weights(out)
@@ -315,7 +304,7 @@ def test_with_a_cache_t5_and_denoiser_never_meet(
 def test_two_processes_share_the_denoiser(
     file: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
-    alike = ["config.ema_decay=0.5", "student.dropout_rate=0.0", "eval_prompts=null"]
+    alike = ["config.ema_decay=0.5", "student.dropout_rate=0.0"]
     main(["--config", file, "config.batch_size=4", f"output_dir={tmp_path / 'one'}", *alike])
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -328,9 +317,18 @@ def test_two_processes_share_the_denoiser(
     one, two = weights(tmp_path / "one"), weights(tmp_path / "out")
     for name in one:
         torch.testing.assert_close(one[name], two[name])
+    gaps = [
+        json.loads((tmp_path / f / "distillation.json").read_text())["result"]["gap"]
+        for f in ("one", "out")
+    ]
+    assert gaps[0] == pytest.approx(gaps[1], rel=1e-4)
     assert DistillRun.load(tmp_path / "out" / "run.yaml").pipeline.shard_denoiser
 
 
-def test_launched_to_take_the_student_apart(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="shard_denoiser needs several processes"):
+def test_launches_that_make_no_sense(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="can only be spread over several processes"):
         main(["--config", file, "pipeline.shard_denoiser=true"])
+    kind = property(lambda _: DistributedType.DEEPSPEED)
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", kind)
+    with pytest.raises(SystemExit, match="launched with DEEPSPEED, which takes apart"):
+        main(["--config", file])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import nn
 
 from ..compatibility import check_compatible
@@ -27,6 +29,18 @@ def check_student(pipe: Any, student: nn.Module) -> None:
         )
     if isinstance(student, SlimT5Encoder):
         check_compatible(student.config, pipe)
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse a launch that would take the student apart."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise DistillError(
+            f"This was launched with {kind.value}, which takes apart what is trained: the student, "
+            "which is small, and which checkpoints and averages need as a whole. Launch with "
+            "distributed_type MULTI_GPU. What is large is the denoiser: to spread it over the "
+            "processes, see t5slim.distill.sharding.shard_denoiser."
+        )
 
 
 def check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:

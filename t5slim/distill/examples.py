@@ -209,7 +209,7 @@ class Examples:
     # --- walks ---
 
     def walk(self) -> WalkShape:
-        """Walk the next prompts, and say what that asked: for a plan, as `batches` walks by itself."""
+        """Walk the next prompts, and say what that asked. For plans: `batches` walks by itself."""
         before, size = self.teacher_rows, self._config.batch_size
         self._walk_round(0)
         calls = self._walks[-1][0]

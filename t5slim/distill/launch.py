@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.utils import DistributedType, gather_object  # type: ignore[import-untyped]
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
-from ..errors import ConfigError, DistillError
+from ..errors import DistillError
 from ..slot import fill_slot, find_text_slot, free_memory, restore_slot
 from .cached import cache_teacher, cached_teacher
+from .checks import check_launch
 from .draws import WalkShape, prompts_of_run
 from .examples import Examples
 from .plan import CachePlan, Plan, first_prompts, make_plan
@@ -28,6 +29,7 @@ from .result import DistillResult
 from .sources import load_student
 from .states import frozen
 from .teacher import PromptTable
+from .tracking import tracker_names
 from .trainer import train
 from .walk import DENOISERS, check_pipeline_kwargs
 
@@ -53,15 +55,10 @@ class Launch:
         self._folder = Path(run.output_dir)
         # Not PartialState, which is deaf to ACCELERATE_USE_CPU.
         self._accelerator = Accelerator()
-        kind = self._accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise ConfigError(
-                f"This was launched with {kind.value}, which would take the student apart. It is "
-                "small, and belongs on each device: launch with distributed_type MULTI_GPU. To "
-                "spread the denoiser, set pipeline.shard_denoiser to true."
-            )
+        check_launch(self._accelerator)
         if not run.resume:
             check_output_dir(self._folder)
+        tracker_names(run.config, self._folder)
         self._cls = run.pipeline.pipeline_class()
         self._slot = find_text_slot(self._cls)
         check_pipeline_kwargs(self._cls, self._kwargs)
@@ -172,8 +169,9 @@ class Launch:
             yield pipe
 
     def _without_teacher(self, pipe: Any) -> WalkShape:
-        """What can be asked of a pipeline whose T5 isn't there, with a student in its place: is this
-        the run that goes on, and what does a walk ask the denoiser?
+        """What can be asked of a pipeline without T5, with a student in its place.
+
+        Is this the run that goes on, and what does a walk ask the denoiser?
         """
         run = self._run
         denoiser = next(d for name in DENOISERS if (d := getattr(pipe, name, None)) is not None)

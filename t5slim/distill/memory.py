@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..encoder import SlimT5Encoder
 from .cached import CachedTeacher
@@ -96,10 +97,11 @@ def _elements(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """On this device; of a weight that bitsandbytes quantized, with its scales."""
+    """Here, of one that is spread over processes; with the scales, of one that is quantized."""
     state = getattr(tensor, "quant_state", None)
     scales = () if state is None else state.as_dict(packed=False).values()
-    return tensor.nbytes + sum(s.nbytes for s in scales if isinstance(s, Tensor))
+    share = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return share.nbytes + sum(s.nbytes for s in scales if isinstance(s, Tensor))
 
 
 def show_bytes(size: int) -> str:

@@ -74,6 +74,10 @@ class DistillRun:
                 raise ConfigError(f"{name} is {value!r}; expected a file, a list or a mapping.")
         if self.holds_out:
             yaml_file.check_keys(self.eval_prompts, _HELD_OUT, "eval_prompts")
+        if self.config.samples_every and self.eval_prompts is None:
+            raise ConfigError(
+                "config: samples_every needs eval_prompts, of which the first are painted."
+            )
         if not isinstance(self.pipeline_kwargs, Mapping):
             raise ConfigError(f"pipeline_kwargs is {self.pipeline_kwargs!r}; expected a mapping.")
         for name in ("output_dir", "teacher_cache"):

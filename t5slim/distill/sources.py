@@ -12,7 +12,7 @@ from ..checkpoint import Source
 from ..config import SlimT5Config
 from ..encoder import SlimT5Encoder
 from ..errors import ConfigError, HubAccessError
-from .walk import DENOISERS
+from .sharding import shard_denoiser
 from .yaml_file import check_keys
 
 _OFFLOADS = ("model", "sequential")
@@ -140,36 +140,6 @@ class PipelineSource:
             "cache_dir": self.cache_dir,
             "local_files_only": self.local_files_only,
         }
-
-
-def shard_denoiser(pipe: Any, device: torch.device) -> None:
-    """Spread the weights of a pipeline's denoiser over all processes, each with its part.
-
-    They are gathered block by block, forwards and backwards, and forgotten again. Every process
-    must then call the denoiser as often as the others.
-
-    Args:
-        pipe: the pipeline, in host memory.
-        device: of this process.
-
-    Raises:
-        ConfigError: there is only one process.
-    """
-    from torch.distributed import is_initialized
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    if not is_initialized():
-        raise ConfigError("shard_denoiser needs several processes: see accelerate launch.")
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for name in DENOISERS:
-        denoiser = getattr(pipe, name, None)
-        if denoiser is None:
-            continue
-        for child in denoiser.children():
-            for block in child if isinstance(child, torch.nn.ModuleList) else ():
-                fully_shard(block, mesh=mesh)
-        fully_shard(denoiser, mesh=mesh)
 
 
 # Of a student that is loaded; beside a preset, any key of a student's config.

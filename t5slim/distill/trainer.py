@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from .checks import check_trainable
+from .checks import check_launch, check_trainable
 from .config import DistillConfig
 from .examples import Examples
 from .learner import Learner
@@ -39,6 +39,7 @@ from .records import (
 )
 from .result import DistillResult
 from .samples import Samples
+from .sharding import is_sharded
 from .states import frozen, master_weights
 from .teacher import PromptTable
 from .tracking import Trackers, history_entry, peak_memory_gib, reset_peak_memory, tracker_names
@@ -161,6 +162,7 @@ def train(
             logging_dir=None if folder is None else folder / "logs"
         ),
     )
+    check_launch(accelerator)
     facts = run_facts(pipe, students, config, kwargs, source, held_out, accelerator.num_processes)
     checkpoint = None
     if folder is not None and resume:
@@ -170,7 +172,7 @@ def train(
         check_output_dir(folder)
     repositories = repository_names(push_to_hub, folder, len(students))
     if accelerator.is_main_process:
-        make_repositories(repositories)
+        repositories = make_repositories(repositories)
 
     device = torch.device(pipe._execution_device)
     with ExitStack() as stack:
@@ -220,7 +222,8 @@ class _Run:
         self._rate = 0.0  # of the last update
         self._prompts_per_update = facts["prompts_per_update"]
         self._measure = self._samples = None
-        if held_out is not None and accelerator.is_main_process:
+        # A denoiser in parts is called by all processes, or by none.
+        if held_out is not None and (accelerator.is_main_process or is_sharded(pipe)):
             if config.samples_every:
                 painted = held_out[: config.sample_prompts]
                 self._samples = Samples(pipe, painted, pipeline_kwargs, config.seed)
@@ -259,7 +262,9 @@ class _Run:
                 self._step += 1
                 finished = self._step >= config.max_steps or self._out_of_time()
                 if finished or self._step % config.eval_every == 0:
+                    bar.set_description("evaluate")
                     self._evaluate(finished)
+                    bar.set_description("distil", refresh=False)
                 if config.samples_every and (finished or self._step % config.samples_every == 0):
                     self._paint_samples()
                 signal_number = int(self._highest(interrupted() or 0))
