@@ -24,7 +24,7 @@ class Term:
         weight: of the term in the sum, its highest.
         start: the first update in which it counts.
         until: from `start` on, the weight falls linearly to zero at this update; None: it stays.
-            In a `DistillConfig`, both may be shares of `max_steps`, such as 0.1.
+            In a `DistillConfig`, both may be shares of `max_steps`, such as 0.3.
     """
 
     weight: float = 1.0
@@ -41,7 +41,7 @@ class Term:
 
 
 def _warm_up() -> dict[str, Any]:
-    return {"embedding": {"until": 0.1}, "velocity": {"start": 0.1}}
+    return {"embedding": {"until": 0.3}, "velocity": {"start": 0.3}}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class DistillConfig:
             "relational": the distances between the prompts of a batch (`RelationalLoss`). Or a
             weighted sum, `{"velocity": 1, "embedding": 0.1}`, whose weights may change as training
             goes on (see `Term`). The default warms up on embeddings, which asks the denoiser
-            nothing, for a tenth of the updates: from a fresh projection, velocity alone finds no
-            way for long (docs/log.md).
+            nothing, for three updates of ten: from a fresh start, velocity alone finds no way for
+            long (docs/log.md).
         trajectory_weights: weights of the first, middle and last third of the trajectory in the
             loss; the velocity gap is reported by the same thirds.
         max_steps: updates of the student.
