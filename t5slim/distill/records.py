@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -55,7 +56,8 @@ def run_facts(
     packages = ("t5slim", "torch", "diffusers", "transformers", "accelerate")
     batch = config.batch_size * config.gradient_accumulation_steps * processes
     teacher: Any = teacher_of(pipe)
-    denoiser = next(d for name in DENOISERS if (d := getattr(pipe, name, None)) is not None)
+    denoisers = (getattr(pipe, name, None) for name in DENOISERS)
+    denoiser: Any = next((d for d in denoisers if d is not None), pipe)
     device = torch.device(pipe._execution_device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     facts = {
@@ -140,20 +142,25 @@ def repository_names(push_to_hub: bool | str, folder: Path | None, students: int
     return [f"{name}-{i}" if students > 1 else str(name) for i in range(students)]
 
 
-def make_repositories(names: list[str]) -> None:
+def make_repositories(names: list[str]) -> list[str]:
     """Make them where needed: rather now than after a week of training.
+
+    Returns:
+        Their names, with the owner.
 
     Raises:
         HubAccessError: that failed.
     """
+    made = []
     for name in names:
         try:
-            HfApi().create_repo(name, exist_ok=True)
+            made.append(HfApi().create_repo(name, exist_ok=True).repo_id)
         except Exception as error:  # whatever it is of the client's or the network's
             raise HubAccessError(
                 f"push_to_hub: {name!r} can't be made or written on the Hub. Log in with "
                 f"`hf auth login`, with a token that may write. {error}"
             ) from error
+    return made
 
 
 class Records:
@@ -186,9 +193,9 @@ class Records:
         if self._folder is not None:
             path = self._folder / SAMPLES / f"{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            sheet.save(temporary, format="png")
-            os.replace(temporary, path)
+            content = io.BytesIO()
+            sheet.save(content, format="png")
+            _write(path, content.getvalue())
 
     def save_student(self, student: SlimT5Encoder) -> None:
         """Write the student, as `SlimT5Encoder.from_pretrained` reads it."""
@@ -221,10 +228,11 @@ class Records:
                 repo_id, notes=self._notes(result), files=list(self._pictures().values())
             )
         except Exception as error:  # whatever it is of the client's or the network's
-            where = "" if self._folder is None else f" It is in {str(self._folder)!r}:"
+            again = f"student.push_to_hub({repo_id!r})"
+            if self._folder is not None:
+                again = f"hf upload {repo_id} {self._folder} . --exclude 'checkpoints/*' 'logs/*'"
             raise DistillError(
-                f"The student is trained, but can't be uploaded to {repo_id!r}: {error}.{where} "
-                f"call push_to_hub({repo_id!r}) on it."
+                f"The student is trained, but couldn't be uploaded. To try again: {again}\n{error}"
             ) from error
 
     def _notes(self, result: DistillResult) -> str:
@@ -281,8 +289,8 @@ def _write(path: Path, content: bytes) -> None:
 def _source(name_or_path: str | None) -> dict[str, str | None]:
     """Hub id and commit of what was loaded from there; a folder is nobody's business."""
     path = (name_or_path or "").replace(os.sep, "/")
-    if found := re.search(r"models--(.+?)--([^/]+)/snapshots/([0-9a-f]{40})", path):
-        return {"name": f"{found[1]}/{found[2]}", "revision": found[3]}
+    if found := re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})", path):
+        return {"name": found[1].replace("--", "/"), "revision": found[2]}
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path)
     return {"name": path if is_id else None, "revision": None}
 
