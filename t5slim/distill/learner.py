@@ -120,13 +120,17 @@ class Learner:
         plain: dict[str, Any] = {"scaler": self._scaler.state_dict()}
         plain |= {name: getattr(self, name) for name in _COUNTERS}
         moments: dict[str, dict[str, Any]] = {}
-        for index, state in self._optimizer.optimizer.state_dict()["state"].items():
+        # torch's own method, as that of bitsandbytes nests its tensors.
+        optimizer = torch.optim.Optimizer.state_dict(self._optimizer.optimizer)
+        for index, state in optimizer["state"].items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{index}.{key}"] = value
                 else:
                     moments.setdefault(str(index), {})[key] = value
-        return {k: v.detach().cpu() for k, v in tensors.items()}, plain | {"optimizer": moments}
+        # Copies, as those of bitsandbytes share their quantization maps, which no file may.
+        copies = {name: v.detach().to("cpu", copy=True) for name, v in tensors.items()}
+        return copies, plain | {"optimizer": moments}
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
