@@ -37,7 +37,7 @@ def main() -> None:
     updates = args.rounds * CALL["num_inference_steps"]
     # Fresh ones for each measurement: none profits from what another has encoded.
     prompts = captions(args.rounds * BATCH // 3 + 1, held_out=False)[1][: args.rounds * BATCH]
-    config = settings(max_steps=updates, empty_prompt_share=0.0)
+    config = settings(objective="velocity", max_steps=updates, empty_prompt_share=0.0)
 
     def trained(students: int) -> Callable[[], float]:
         def measure() -> float:
