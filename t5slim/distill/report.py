@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             axes.plot(*zip(*points, strict=True), label=label, marker="." * (len(points) < 30))
         axes.set(title=title, xlabel="updates")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         if "embedding_spread" in lines:
             axes.axhline(1, color="gray", linestyle="--")
@@ -64,9 +64,7 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
             lowest, highest = axes.get_ylim()
             labelled = "123456789" if highest < 4 * lowest else "25"
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(
-                lambda y, _, labelled=labelled: f"{y:.2g}" if f"{y:e}"[0] in labelled else ""
-            )
+            axes.yaxis.set_minor_formatter(_label_of(labelled))
         axes.grid(alpha=0.3, which="both")
         if len(lines) > 1:
             axes.legend()
@@ -134,3 +132,12 @@ def _prompts(facts: Mapping[str, Any] | None) -> str:
         return "none"
     what = f"{facts['prompts']:,}" if facts["kind"] == "list" else f"a {facts['kind']}"
     return f"{what}, SHA-256 {facts['sha256']}"
+
+
+def _label_of(digits: str) -> Callable[[float, int | None], str]:
+    """Labels the minor ticks whose first digit is one of `digits`."""
+
+    def label(y: float, _: int | None) -> str:
+        return f"{y:.2g}" if f"{y:e}"[0] in digits else ""
+
+    return label
