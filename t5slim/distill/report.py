@@ -134,10 +134,10 @@ def _prompts(facts: Mapping[str, Any] | None) -> str:
     return f"{what}, SHA-256 {facts['sha256']}"
 
 
-def _label_of(digits: str) -> Callable[[float, int | None], str]:
+def _label_of(digits: str) -> Callable[[float, float], str]:
     """Labels the minor ticks whose first digit is one of `digits`."""
 
-    def label(y: float, _: int | None) -> str:
+    def label(y: float, _: float) -> str:
         return f"{y:.2g}" if f"{y:e}"[0] in digits else ""
 
     return label
