@@ -53,7 +53,8 @@ def start(folder: Path, dies_at_sync: int | None = None, **changes: Any) -> Any:
 def spawn() -> Any:
     """Processes that have imported everything already: a start takes a tenth of a second."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resume", "t5slim.distill.trainer"])
+    modules = ["t5slim.distill.trainer", "torch.utils.tensorboard", "matplotlib.figure"]
+    context.set_forkserver_preload(["test_resume", *modules])
 
     def begin(*args: Any, **kwargs: Any) -> Any:
         process = context.Process(target=start, args=args, kwargs=kwargs)
