@@ -1,0 +1,48 @@
+"""One pipeline class of diffusers with a T5: how it is built tiny, how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+from tiny import PROMPTS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline class, real and tiny.
+
+    Attributes:
+        name: of the class in diffusers.
+        build: makes the pipeline, on the CPU, in float32 and eval mode: `build(cls)`.
+        call: makes the arguments of a call beside prompt, generator and output_type, with images
+            and all; at most 3 steps.
+        route: how a student is led through it: "gather" (its rows are put where the teacher's
+            stood), "fallback" (through the pipeline's own code), or "none" (it can't be distilled
+            for).
+        why: for "fallback" and "none": a part of what the library says of it.
+        prompts: how many go through it together; some pipelines take one only.
+    """
+
+    name: str
+    build: Callable[[type[DiffusionPipeline]], DiffusionPipeline]
+    call: Callable[[], dict[str, Any]] = field(default=dict)
+    route: str = "gather"
+    why: str = ""
+    prompts: int = 2
+
+    @property
+    def cls(self) -> type[DiffusionPipeline] | None:
+        """None where this version of diffusers doesn't have it."""
+        return getattr(diffusers, self.name, None)
+
+    def pipe(self) -> DiffusionPipeline:
+        assert self.cls is not None
+        return self.build(self.cls)
+
+    @property
+    def texts(self) -> list[str]:
+        return PROMPTS[: self.prompts]
