@@ -27,6 +27,7 @@ from diffusers import (
     FluxTransformer2DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    ModelMixin,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -43,6 +44,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 TEXT_WIDTH = 32  # channels of the teacher's rows, the width that every tiny denoiser reads
@@ -96,12 +99,25 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def t5_encoder(width: int = TEXT_WIDTH, vocab_size: int = T5_VOCAB) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=vocab_size, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
-        relative_attention_num_buckets=8, feed_forward_proj="gated-gelu", dropout_rate=0.1,
-    )  # fmt: skip
-    encoder = T5EncoderModel(config)
-    with torch.no_grad():  # T5's own initialisation leaves attention and feed-forward almost silent
+    return _loud(T5EncoderModel(T5Config(**_t5_shape(width, vocab_size))))
+
+
+def umt5_encoder(width: int = TEXT_WIDTH, vocab_size: int = T5_VOCAB) -> UMT5EncoderModel:
+    """As in Wan or AuraFlow: each of its layers has a relative attention bias of its own."""
+    return _loud(UMT5EncoderModel(UMT5Config(**_t5_shape(width, vocab_size))))
+
+
+def _t5_shape(width: int, vocab_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size, "d_model": width, "d_kv": 8, "d_ff": 37, "num_layers": 2,
+        "num_heads": 4, "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.1,
+    }  # fmt: skip
+
+
+def _loud(encoder: Any) -> Any:
+    """T5's own initialisation leaves attention and feed-forward almost silent."""
+    with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if "layer_norm" not in name:
                 parameter.normal_(0, 1.0 if "shared" in name else 0.3)
@@ -299,12 +315,9 @@ def tiny_student(
 ) -> Any:
     """A student (`SlimT5Encoder`) with the vocabulary and output width that `pipe` needs."""
     from t5slim import SlimT5Config, SlimT5Encoder
+    from t5slim.slot import find_text_slot
 
-    slot = next(
-        getattr(pipe, name)
-        for name in ("text_encoder_3", "text_encoder_2", "text_encoder")
-        if isinstance(getattr(pipe, name, None), T5EncoderModel)
-    )
+    slot = getattr(pipe, find_text_slot(pipe).name)
     torch.manual_seed(seed)
     shape: dict[str, Any] = {
         "vocab_size": slot.config.vocab_size, "d_model": d_model, "d_kv": 8, "d_ff": 2 * d_model,
@@ -321,12 +334,12 @@ def _finish(pipe: DiffusionPipeline) -> DiffusionPipeline:
     Zero-initialised layers (adaLN gates, output projections) would make a fresh denoiser ignore its
     text, and a test of anything that reaches it through the text would pass whatever came.
     """
-    denoiser = pipe.transformer
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.1)
-    for module in pipe.components.values():
+    for name, module in pipe.components.items():
+        if isinstance(module, ModelMixin) and name != "vae":
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    if not parameter.any():
+                        parameter.normal_(0, 0.1)
         if isinstance(module, torch.nn.Module):
             module.eval()
     pipe.set_progress_bar_config(disable=True)
