@@ -24,7 +24,8 @@ class Case:
             stood), "fallback" (through the pipeline's own code), or "none" (it can't be distilled
             for).
         why: for "fallback" and "none": a part of what the library says of it.
-        prompts: how many go through it together; some pipelines take one only.
+        prompts: how many of `tiny.PROMPTS` go through it together, as some pipelines take one only;
+            or which.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Case:
     call: Callable[[], dict[str, Any]] = field(default=dict)
     route: str = "gather"
     why: str = ""
-    prompts: int = 2
+    prompts: int | tuple[str, ...] = 2
 
     @property
     def cls(self) -> type[DiffusionPipeline] | None:
@@ -45,4 +46,4 @@ class Case:
 
     @property
     def texts(self) -> list[str]:
-        return PROMPTS[: self.prompts]
+        return PROMPTS[: self.prompts] if isinstance(self.prompts, int) else list(self.prompts)
