@@ -20,6 +20,7 @@ _PRESETS = {
     "large": {"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
     "xl": {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
 }
+ENCODER_TYPES = ("t5", "umt5")
 # T5-XXL's encoder has 4.8 billion parameters; what asks for more than this is a mistake.
 _MAX_PARAMETERS = 20 * 10**9
 _SIZES = (
@@ -73,6 +74,9 @@ class SlimT5Config(T5Config):
             published files spell it out.
         project_out_dim: Output width D of the projection: T5-XXL's 4096 for FLUX.1 and SD3.
         out_dim: Another name of `project_out_dim` in some published files.
+        encoder_type: "t5", or "umt5" for a UMT5 encoder, whose every layer has position biases of
+            its own: for Wan, AuraFlow and others that have a UMT5. Only the latter is written to
+            config.json; the published files don't know the key.
         base_model: Hub id of the T5 that the student was made from, for its model card.
         base_model_revision: The commit of it.
         **kwargs: Any key of a T5 config.json.
@@ -84,6 +88,7 @@ class SlimT5Config(T5Config):
     # Not "t5", which the published files call themselves: AutoModel would then read a student as a
     # T5Model and leave its projection out. T5Config and classes that use it still read "slim_t5".
     model_type = "slim_t5"
+    encoder_type = "t5"
 
     def __init__(
         self,
@@ -91,6 +96,7 @@ class SlimT5Config(T5Config):
         project_in_dim: int | None = None,
         project_out_dim: int | None = None,
         out_dim: int | None = None,
+        encoder_type: Literal["t5", "umt5"] = "t5",
         base_model: str | None = None,
         base_model_revision: str | None = None,
         **kwargs: Any,
@@ -115,6 +121,8 @@ class SlimT5Config(T5Config):
         self.project_out_dim = project_out_dim or out_dim or 4096
         if out_dim is not None:
             self.out_dim = out_dim
+        if encoder_type != "t5":
+            self.encoder_type = encoder_type
         if base_model is not None:
             self.base_model = base_model
         if base_model_revision is not None:
@@ -130,7 +138,7 @@ class SlimT5Config(T5Config):
         Args:
             name: The size.
             **overrides: Keys to set differently, such as `project_out_dim` for a denoiser that
-                doesn't expect 4096.
+                doesn't expect 4096; `encoder_type="umt5", vocab_size=256384` for Wan.
         """
         if name not in _PRESETS:
             raise ConfigError(f"expected a preset of {', '.join(_PRESETS)}, got {name!r}.")
@@ -146,6 +154,11 @@ class SlimT5Config(T5Config):
             raise ConfigError(
                 f"project_in_dim is {self.project_in_dim}, but the projection reads the encoder's "
                 f"output of width d_model = {self.d_model}: set both to the same."
+            )
+        if self.encoder_type not in ENCODER_TYPES:
+            raise ConfigError(
+                f"encoder_type: expected {' or '.join(map(repr, ENCODER_TYPES))}, got "
+                f"{self.encoder_type!r}."
             )
         if not 0 <= self.dropout_rate < 1:
             raise ConfigError(f"dropout_rate: expected 0 <= rate < 1, got {self.dropout_rate}.")

@@ -17,18 +17,31 @@ from typing import Any, cast
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, T5Config, T5EncoderModel, T5PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    T5Config,
+    T5EncoderModel,
+    T5PreTrainedModel,
+    UMT5EncoderModel,
+)
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for it in this module
 from transformers.modeling_outputs import BaseModelOutput
 
 from . import checkpoint, model_card
 from .adapter import ProjectionAdapter
-from .config import SlimT5Config
+from .config import ENCODER_TYPES, SlimT5Config
 from .errors import ConfigError
+
+_ENCODERS: dict[str, type[PreTrainedModel]] = dict(
+    zip(ENCODER_TYPES, (T5EncoderModel, UMT5EncoderModel), strict=True)
+)
 
 
 class SlimT5Encoder(T5PreTrainedModel):
     """A T5 encoder with a projection: what stands in for T5-XXL in a diffusers pipeline.
+
+    Or a UMT5 encoder (`config.encoder_type`), for the pipelines that have a UMT5, as Wan does.
 
     `output.last_hidden_state`, also `output[0]`, is (B, T, project_out_dim). The student is an
     ordinary model of transformers: gradient checkpointing, SDPA and `device_map` work as in
@@ -47,7 +60,7 @@ class SlimT5Encoder(T5PreTrainedModel):
 
     def __init__(self, config: SlimT5Config) -> None:
         super().__init__(config)
-        self.encoder = T5EncoderModel(config)
+        self.encoder: Any = _ENCODERS[config.encoder_type](config)
         self.final_projection = ProjectionAdapter(
             config.d_model, config.project_out_dim, config.dropout_rate
         )
@@ -199,8 +212,9 @@ class SlimT5Encoder(T5PreTrainedModel):
         Of a whole T5, only the encoder's tensors are read into memory.
 
         Args:
-            name_or_path: Folder or Hub id of a T5, Flan-T5 or mT5, such as `google/flan-t5-base`.
-                Its vocabulary must be that of the T5 which it is going to replace.
+            name_or_path: Folder or Hub id of a T5, Flan-T5, mT5 or UMT5, such as
+                `google/flan-t5-base`. Its vocabulary must be that of the T5 which it is going to
+                replace: for Wan and AuraFlow, `google/umt5-base` has the right one.
             projection_dim: Width D that the denoiser expects.
             revision: This and the following as in `from_pretrained`.
             subfolder: Where the files are, such as `text_encoder_2` of a pipeline.
@@ -228,8 +242,10 @@ class SlimT5Encoder(T5PreTrainedModel):
         )
         config_file, values = source.read_config()
         model_type = values.pop("model_type", None)
-        if model_type not in ("t5", "mt5"):
-            raise ConfigError(f"{source}: expected a T5 or mT5, got model_type {model_type!r}.")
+        if model_type not in ("t5", "mt5", "umt5"):
+            raise ConfigError(
+                f"{source}: expected a T5, mT5 or UMT5, got model_type {model_type!r}."
+            )
         # Through the T5's own class, since mT5 has other defaults. What it says about tasks and
         # decoding is dropped.
         values = AutoConfig.for_model(model_type, **values).to_dict()
@@ -239,17 +255,19 @@ class SlimT5Encoder(T5PreTrainedModel):
         config = SlimT5Config(
             **{key: values[key] for key in keys},
             project_out_dim=projection_dim,
+            encoder_type="umt5" if model_type == "umt5" else "t5",
             base_model=None if source.is_local else source.name,
             base_model_revision=None if source.is_local else pinned.revision,
         )
+        encoder_class: Any = _ENCODERS[config.encoder_type]
         checkpoint.check_tensors(
             pinned.find_weights(variant),
-            checkpoint.expected_tensors(T5EncoderModel, config),
+            checkpoint.expected_tensors(encoder_class, config),
             ignore=("decoder.", "lm_head."),
         )
         kwargs["use_safetensors"] = True
         with checkpoint.no_progress_bars():
-            encoder = T5EncoderModel.from_pretrained(
+            encoder = encoder_class.from_pretrained(
                 config_file.parent, config=config, variant=variant, **kwargs
             )
         checkpoint.check_finite(encoder, source)

@@ -69,7 +69,7 @@ def test_lists_missing_unexpected_and_misshaped_tensors(folder):
 def test_a_plain_t5_is_sent_to_from_t5(tmp_path):
     T5EncoderModel(T5Config(**TINY)).save_pretrained(tmp_path)
     refused(tmp_path, CheckpointError, "final_projection.0.weight", "from_t5")
-    with pytest.raises(ConfigError, match="expected a T5 or mT5, got model_type 'slim_t5'"):
+    with pytest.raises(ConfigError, match="expected a T5, mT5 or UMT5, got model_type 'slim_t5'"):
         make_student().save_pretrained(tmp_path / "student")
         SlimT5Encoder.from_t5(tmp_path / "student")
 

@@ -22,6 +22,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from t5slim import ConfigError, ProjectionAdapter, SlimT5Config, SlimT5Encoder
@@ -422,9 +424,41 @@ class TestFromT5:
         with torch.no_grad():
             torch.testing.assert_close(student.encoder(IDS)[0], model(IDS)[0])
 
+    def test_umt5(self, tmp_path):
+        """Each of its layers has position biases of its own, which a T5 has no place for."""
+        torch.manual_seed(0)
+        model = UMT5EncoderModel(UMT5Config(**TINY)).eval()
+        model.save_pretrained(tmp_path / "umt5")
+        student = SlimT5Encoder.from_t5(tmp_path / "umt5", OUT_DIM)
+        bias = "encoder.encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+        assert student.config.encoder_type == "umt5" and bias in student.state_dict()
+        with torch.no_grad():
+            for mask in (None, MASK):
+                expected = model(IDS, attention_mask=mask)[0]
+                rows = student.encoder(IDS, attention_mask=mask)[0]
+                torch.testing.assert_close(rows, expected)
+            expected = student.final_projection(model(IDS)[0])
+            torch.testing.assert_close(student(IDS)[0], expected)
+
+        student(IDS)[0].mean().backward()
+        assert all(weight.grad is not None for weight in student.parameters())
+        student.save_pretrained(tmp_path / "student")
+        for cls in (SlimT5Encoder, AutoModel):
+            loaded = cls.from_pretrained(tmp_path / "student")
+            assert isinstance(loaded, SlimT5Encoder)
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(IDS)[0], student(IDS)[0])
+        half = SlimT5Encoder.from_pretrained(tmp_path / "student", dtype=torch.float16)
+        assert half.encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float
+        config = SlimT5Config.preset("small", encoder_type="umt5", vocab_size=256_384)
+        assert json.loads(config.to_json_string())["encoder_type"] == "umt5"
+        assert "encoder_type" not in json.loads(SlimT5Config.preset("small").to_json_string())
+        with pytest.raises(ConfigError, match="encoder_type: expected 't5' or 'umt5', got 'bert'"):
+            SlimT5Config(encoder_type="bert")
+
     def test_refuses_what_is_no_t5(self, tmp_path):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "umt5", "d_model": 16}))
-        with pytest.raises(ConfigError, match="expected a T5 or mT5, got model_type 'umt5'"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", "d_model": 16}))
+        with pytest.raises(ConfigError, match="expected a T5, mT5 or UMT5, got model_type 'bart'"):
             SlimT5Encoder.from_t5(tmp_path)
 
     def test_never_holds_the_decoder(self, tmp_path):
