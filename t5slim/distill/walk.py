@@ -9,6 +9,7 @@ device, dtype, config and offload hooks stay those of the module that the pipeli
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from .calls import (
 DENOISERS = ("transformer", "transformer_2", "unet")
 # Set by the library for every walk.
 RESERVED_KWARGS = ("prompt", "generator", "latents", "output_type", "return_dict")
+_TEXT_ARGUMENT = re.compile(r"(.+_)?prompt(_\d)?")  # negative_prompt_2, prompt_3, content_prompt
 _IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 Encode = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
@@ -252,10 +254,13 @@ def run_pipeline(
     kwargs: dict[str, Any] = {
         # Some pipelines take a string for the whole batch and some only a list: all take the list.
         name: [value] * len(prompts)
-        if name.startswith("negative_prompt") and isinstance(value, str)
+        if _TEXT_ARGUMENT.fullmatch(name) and isinstance(value, str)
         else value
         for name, value in pipeline_kwargs.items()
     }
+    # By name: Kontext and many for video take an image first. VisualCloze's is `task_prompt`.
+    names = list(inspect.signature(type(pipe).__call__).parameters)
+    kwargs["prompt" if "prompt" in names else names[1]] = list(prompts)
 
     def encoder_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
@@ -295,7 +300,7 @@ def run_pipeline(
         else:
             images = range(images_per_prompt(pipeline_kwargs))
             generator = [torch.Generator().manual_seed(s + i) for s in seed for i in images]
-        return call(list(prompts), generator=generator, output_type=output_type, **kwargs)
+        return call(generator=generator, output_type=output_type, **kwargs)
 
 
 def teacher_of(pipe: Any) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +99,13 @@ def measure(case: Case) -> Facts:
 
 def latents(pipe: Any, case: Case, call: dict[str, Any]) -> Tensor:
     """What the pipeline makes of the case's prompts, from the same noise."""
-    generator = torch.Generator().manual_seed(0)
-    output = pipe(list(case.texts), generator=generator, output_type="latent", **call)[0]
+    takes = list(inspect.signature(type(pipe).__call__).parameters)
+    more = {
+        "prompt" if "prompt" in takes else takes[1]: list(case.texts),
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+    }
+    output = pipe(**call, **{name: value for name, value in more.items() if name in takes})[0]
     if isinstance(output, (list, tuple)):
         output = torch.stack([torch.as_tensor(part) for part in output])
     return torch.as_tensor(output).float()
