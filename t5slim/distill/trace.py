@@ -144,7 +144,7 @@ def _trace_batch_dims(pipe: Any, walk: Walk) -> list[dict[Path, int | None]]:
     of 32.
     """
     batch = len(walk.prompts)
-    slot_calls = iter(walk.slot_calls)
+    teacher = walk.slot_calls[0].rows
     denoiser_calls = iter(walk.denoiser_calls)
     batch_dims: list[dict[Path, int | None]] = []
 
@@ -152,8 +152,7 @@ def _trace_batch_dims(pipe: Any, walk: Walk) -> list[dict[Path, int | None]]:
         return length + length // batch
 
     def blank_rows(_: Callable[..., Any], input_ids: Tensor, mask: Tensor | None) -> Tensor:
-        rows = _next(slot_calls, "T5").rows
-        return rows.new_zeros(*input_ids.shape, rows.shape[-1])
+        return teacher.new_zeros(*input_ids.shape, teacher.shape[-1])
 
     def compare_shapes(name: str, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         recorded = _next(denoiser_calls, "its denoiser")
@@ -168,14 +167,25 @@ def _trace_batch_dims(pipe: Any, walk: Walk) -> list[dict[Path, int | None]]:
             dims[path] = changed[0] if changed else None
         batch_dims.append(dims)
         target = recorded.target
-        blank = target.new_zeros(grown(target.shape[0]), *target.shape[1:])
+        # LTX's long videos have a prompt for each window, and the denoiser no batch.
+        rows = target.shape[0] if set(dims.values()) == {None} else grown(target.shape[0])
+        blank = target.new_zeros(rows, *target.shape[1:])
         return with_first_tensor(recorded.output, blank)
 
     seed = walk.seed if isinstance(walk.seed, int) else [*walk.seed, walk.seed[0]]
-    run_pipeline(
-        pipe, [*walk.prompts, walk.prompts[0]], walk.pipeline_kwargs, seed,
-        encode=blank_rows, denoise=compare_shapes, zero_pooled=walk.zero_pooled,
-    )  # fmt: skip
+    try:
+        run_pipeline(
+            pipe, [*walk.prompts, walk.prompts[0]], walk.pipeline_kwargs, seed,
+            encode=blank_rows, denoise=compare_shapes, zero_pooled=walk.zero_pooled,
+        )  # fmt: skip
+    except NotAGather:
+        raise
+    except Exception as refusal:
+        # Such as CogVideoX, which wants an image for each prompt.
+        pipe.maybe_free_model_hooks()  # the end of the pipeline's call, which was not reached
+        raise NotAGather(
+            f"it can't be called with one prompt more ({type(refusal).__name__})"
+        ) from refusal
     return batch_dims
 
 
