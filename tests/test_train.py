@@ -377,7 +377,7 @@ def test_output_dir_holds_the_student_and_its_story(tmp_path: Path) -> None:
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds) and result.seconds == seconds[-1]
     facts = json.loads((out / "distillation.json").read_text())
-    assert facts["pipeline"] == "FluxPipeline" and facts["prompts"]["prompts"] == 4
+    assert facts["pipelines"][0]["pipeline"] == "FluxPipeline" and facts["prompts"]["prompts"] == 4
     assert facts["config"]["max_steps"] == 5 and facts["result"]["gap"] == result.gap
 
 

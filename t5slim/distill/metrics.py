@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,22 @@ class GapReport:
     spread: float | None
     real_tokens: float | None = None
     padding: float | None = None
+
+
+def mean_report(reports: Sequence[GapReport]) -> GapReport:
+    """The mean over several pipelines; None where one of them has no value."""
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(reports) else None
+
+    return GapReport(
+        sum(report.gap for report in reports) / len(reports),
+        tuple(map(mean, zip(*(report.thirds for report in reports), strict=True))),  # type: ignore[arg-type]
+        mean(report.spread for report in reports),
+        mean(report.real_tokens for report in reports),
+        mean(report.padding for report in reports),
+    )
 
 
 @dataclass(frozen=True)

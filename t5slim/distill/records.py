@@ -41,10 +41,10 @@ _FREE = frozenset(
 
 
 def run_facts(
-    pipe: Any,
+    pipes: Sequence[Any],
     students: Sequence[SlimT5Encoder],
     config: DistillConfig,
-    pipeline_kwargs: dict[str, Any],
+    kwargs_of: Sequence[dict[str, Any]],
     prompts: PromptSource,
     eval_prompts: list[str] | None,
     processes: int,
@@ -55,22 +55,14 @@ def run_facts(
     """
     packages = ("t5slim", "torch", "diffusers", "transformers", "accelerate")
     batch = config.batch_size * config.gradient_accumulation_steps * processes
-    teacher: Any = teacher_of(pipe)
-    denoisers = (getattr(pipe, name, None) for name in DENOISERS)
-    denoiser: Any = next((d for d in denoisers if d is not None), pipe)
-    device = torch.device(pipe._execution_device)
+    device = torch.device(pipes[0]._execution_device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     facts = {
         "run_id": uuid.uuid4().hex[:8],
-        "pipeline": type(pipe).__name__,
-        "pipeline_name_or_path": pipe.config.get("_name_or_path"),
-        "pipeline_source": _source(denoiser.config.get("_name_or_path")),
-        "teacher": type(teacher).__name__,
-        "teacher_source": _source(teacher.config.name_or_path),
+        "pipelines": [_pipeline_facts(p, k) for p, k in zip(pipes, kwargs_of, strict=True)],
         "students": [student.config.to_diff_dict() for student in students],
         "config": config.to_dict(),
         "prompts_per_update": batch,
-        "pipeline_kwargs": pipeline_kwargs,
         "prompts": _prompt_facts(prompts),
         "eval_prompts": None if eval_prompts is None else _prompt_facts(PromptList(eval_prompts)),
         "versions": {name: _version(name) for name in packages},
@@ -260,6 +252,20 @@ class Records:
             _write(self._folder / METADATA_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def _pipeline_facts(pipe: Any, pipeline_kwargs: dict[str, Any]) -> dict[str, Any]:
+    teacher: Any = teacher_of(pipe)
+    denoisers = (getattr(pipe, name, None) for name in DENOISERS)
+    denoiser: Any = next((d for d in denoisers if d is not None), pipe)
+    return {
+        "pipeline": type(pipe).__name__,
+        "pipeline_name_or_path": pipe.config.get("_name_or_path"),
+        "pipeline_source": _source(denoiser.config.get("_name_or_path")),
+        "teacher": type(teacher).__name__,
+        "teacher_source": _source(teacher.config.name_or_path),
+        "pipeline_kwargs": pipeline_kwargs,
+    }
+
+
 def _prompt_facts(prompts: PromptSource) -> dict[str, Any]:
     return {**prompts.facts(), "sha256": prompts.fingerprint()}
 
@@ -267,12 +273,15 @@ def _prompt_facts(prompts: PromptSource) -> dict[str, Any]:
 def _what_counts(facts: dict[str, Any]) -> dict[str, Any]:
     flat = {name: facts[name] for name in _COMPARED}
     flat |= {f"config.{k}": v for k, v in facts["config"].items() if k not in _FREE}
+    for i, pipeline in enumerate(facts["pipelines"]):
+        number = f" {i}" if len(facts["pipelines"]) > 1 else ""
+        flat |= {f"{k}{number}": pipeline[k] for k in ("pipeline", "pipeline_kwargs")}
     for i, student in enumerate(facts["students"]):
         flat |= {f"student {i}: {k}": v for k, v in student.items() if not k.startswith("_")}
     return flat
 
 
-_COMPARED = ("pipeline", "prompts_per_update", "pipeline_kwargs", "prompts", "eval_prompts")
+_COMPARED = ("prompts_per_update", "prompts", "eval_prompts")
 
 
 def _short(value: Any) -> str:

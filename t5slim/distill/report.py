@@ -84,11 +84,16 @@ def describe_run(
         result: its outcome.
         pictures: files beside the card, by what they show.
     """
-    called = ", ".join(f"{name}={value!r}" for name, value in facts["pipeline_kwargs"].items())
-    rows = {
-        "pipeline": f"{facts['pipeline']}{_source(facts['pipeline_source'])}",
-        "teacher": f"{facts['teacher']}{_source(facts['teacher_source'])}",
-        "called with": called or "its defaults",
+    rows: dict[str, str] = {}
+    for i, one in enumerate(facts["pipelines"], start=1):
+        number = f" {i}" if len(facts["pipelines"]) > 1 else ""
+        called = ", ".join(f"{name}={value!r}" for name, value in one["pipeline_kwargs"].items())
+        rows |= {
+            f"pipeline{number}": f"{one['pipeline']}{_source(one['pipeline_source'])}",
+            f"teacher{number}": f"{one['teacher']}{_source(one['teacher_source'])}",
+            f"called with{number}": called or "its defaults",
+        }
+    rows |= {
         "prompts": _prompts(facts["prompts"]),
         "held-out prompts": _prompts(facts["eval_prompts"]),
         "prompts to an update": str(facts["prompts_per_update"]),

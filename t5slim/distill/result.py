@@ -26,10 +26,12 @@ class DistillResult:
         teacher_rows: batch rows that the denoiser predicted for the teacher, over all processes.
         student_rows: batch rows that it predicted for this student (and went backwards through).
         loss: mean over the updates since the last entry of `history`.
-        gap: velocity gap of the student on `eval_prompts`; None without.
+        gap: velocity gap of the student on `eval_prompts`; None without. Of several pipelines, the
+            mean of theirs.
         raw_gap: the same with the last weights instead of the averaged ones.
         report: where `gap` comes from: thirds of the trajectory, real tokens and padding, and how
-            far prompts are apart.
+            far prompts are apart. Of several pipelines, the mean of `reports`.
+        reports: of each pipeline; empty without `eval_prompts`.
         peak_memory_gib: the highest use of a device (without accelerator: of a process), in GiB.
         history: an entry for each evaluation, with the scalars of `tracking.SCALARS` by name. The
             file `history.jsonl` holds the same.
@@ -46,21 +48,24 @@ class DistillResult:
     gap: float | None = None
     raw_gap: float | None = None
     report: GapReport | None = None
+    reports: list[GapReport] = field(default_factory=list)
     peak_memory_gib: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def facts(self) -> dict[str, Any]:
         """All but the student, its place and the history, as plain values for JSON."""
         plain = {k: v for k, v in vars(self).items() if k not in _NOT_FACTS}
-        return plain | {"report": None if self.report is None else asdict(self.report)}
+        return plain | {
+            "report": None if self.report is None else asdict(self.report),
+            "reports": list(map(asdict, self.reports)),
+        }
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Go on from what `facts` returned."""
         for name, value in facts.items():
             setattr(self, name, value)
-        if facts["report"] is not None:
-            report = dict(facts["report"])
-            self.report = GapReport(**report | {"thirds": tuple(report["thirds"])})
+        self.report = None if facts["report"] is None else _report(facts["report"])
+        self.reports = list(map(_report, facts["reports"]))
 
     def rows(self) -> list[tuple[str, str]]:
         """What there is to say, as (name, value) of a table."""
@@ -72,6 +77,9 @@ class DistillResult:
             rows.append(
                 ("velocity gap (0: the teacher, 1: an empty prompt)", f"{self.gap:.4f}{raw}")
             )
+        if len(self.reports) > 1:
+            gaps = (f"{report.gap:.4f}" for report in self.reports)
+            rows.append(("  of each pipeline", "  ".join(gaps)))
         if self.report is not None:
             r = self.report
             rows.append(("  of each third of the trajectory", "  ".join(map(_short, r.thirds))))
@@ -101,6 +109,10 @@ class DistillResult:
 
 
 _NOT_FACTS = ("student", "output_dir", "history")
+
+
+def _report(plain: Mapping[str, Any]) -> GapReport:
+    return GapReport(**{**plain, "thirds": tuple(plain["thirds"])})
 
 
 def _short(value: float | None) -> str:

@@ -25,7 +25,8 @@ from .result import DistillResult
 LOWER, HIGHER, NEAR_1, OTHER = "lower_is_better", "higher_is_better", "near_1_is_better", "other"
 
 # Every scalar of a run, and where it should go: trackers show it in the group of that name. Names
-# are keys of history.jsonl and don't change; a unit, where there is one, is in the name.
+# are keys of history.jsonl and don't change; a unit, where there is one, is in the name. Of several
+# pipelines, there are also velocity_gap_pipeline_0, velocity_gap_pipeline_1, ...
 SCALARS = {
     "loss": LOWER,  # mean since the entry before
     "velocity_gap": LOWER,  # 0 to 1 and more: of the averaged weights, on the held-out prompts
@@ -98,6 +99,8 @@ def history_entry(
         "teacher_rows": result.teacher_rows,
         "student_rows": result.student_rows,
     }
+    if len(result.reports) > 1:
+        values |= {f"velocity_gap_pipeline_{i}": one.gap for i, one in enumerate(result.reports)}
     return {"step": result.steps} | {k: v for k, v in values.items() if v is not None}
 
 
@@ -168,9 +171,9 @@ class Trackers:
     def log(self, entry: Mapping[str, Any], student: int) -> None:
         """Show an entry of a student's history."""
         named = {
-            f"{SCALARS[name]}/{name}{self._endings[student]}": value
+            f"{SCALARS.get(name, LOWER)}/{name}{self._endings[student]}": value
             for name, value in entry.items()
-            if name in SCALARS
+            if name != "step"
         }
         self._accelerator.log(named, step=entry["step"])
 
