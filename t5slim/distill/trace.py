@@ -173,9 +173,16 @@ def _trace_batch_dims(pipe: Any, walk: Walk) -> list[dict[Path, int | None]]:
         return with_first_tensor(recorded.output, blank)
 
     seed = walk.seed if isinstance(walk.seed, int) else [*walk.seed, walk.seed[0]]
+    # Some take a picture for each prompt (DeepFloyd IF): a list of them has one more, too.
+    pipeline_kwargs = {
+        name: [*value, value[0]]
+        if isinstance(value, list) and len(value) == batch and not isinstance(value[0], (int, float))
+        else value
+        for name, value in walk.pipeline_kwargs.items()
+    }
     try:
         run_pipeline(
-            pipe, [*walk.prompts, walk.prompts[0]], walk.pipeline_kwargs, seed,
+            pipe, [*walk.prompts, walk.prompts[0]], pipeline_kwargs, seed,
             encode=blank_rows, denoise=compare_shapes, zero_pooled=walk.zero_pooled,
         )  # fmt: skip
     except NotAGather:
