@@ -49,7 +49,8 @@ def velocity_gap(
         prompts: prompts that the student wasn't trained on, as a list or a text file.
         pipeline_kwargs: how the pipeline is called, as for `capture`.
         seed: of the noise that the trajectories start from.
-        batch_size: prompts that are walked together.
+        batch_size: prompts that are walked together. If `pipeline_kwargs` holds something for each
+            of them, such as a list of control images, it must be the number of prompts.
 
     Returns:
         The gap. To measure several students, or one several times, keep a `VelocityGap` instead.
