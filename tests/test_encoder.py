@@ -202,6 +202,35 @@ def test_readers_of_the_published_layout_read_ours(tmp_path, oracle):
     assert (missing, unexpected) == (["encoder.encoder.embed_tokens.weight"], [])
 
 
+def test_the_comfyui_node_finds_its_tensors_in_ours(tmp_path):
+    """DistillT5ComfyUI (model/utils.py, model/t5.py) takes `encoder.` off what begins with it
+    twice, and looks for a T5 of its own config: 12 gated layers, 12 heads of 64, 4096 channels.
+    """
+    config = SlimT5Config.preset("base")
+    with torch.device("meta"):
+        student = SlimT5Encoder(config)
+    names = {
+        name.replace("encoder.encoder.", "encoder.", 1).replace("encoder.shared", "shared")
+        for name in student.state_dict()
+        if name != "encoder.encoder.embed_tokens.weight"  # shared.weight by its other name
+    }
+    attention, gated = "layer.0.SelfAttention", "layer.1.DenseReluDense"
+    block = [f"{attention}.{x}" for x in "qkvo"] + [f"{gated}.{x}" for x in ("wi_0", "wi_1", "wo")]
+    block += ["layer.0.layer_norm", "layer.1.layer_norm"]
+    expected = {f"encoder.block.{i}.{name}.weight" for i in range(12) for name in block}
+    expected |= {
+        "shared.weight",
+        "encoder.final_layer_norm.weight",
+        f"encoder.block.0.{attention}.relative_attention_bias.weight",
+        "final_projection.0.weight",
+        "final_projection.3.weight",
+    }
+    assert names == expected
+    assert config.num_heads * config.d_kv == config.d_model == 768  # it knows no other inner width
+    make_student().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+
+
 def test_round_trip_of_the_auto_classes(tmp_path):
     student = make_student()
     student.save_pretrained(tmp_path)
