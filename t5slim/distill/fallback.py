@@ -46,11 +46,11 @@ def predict_through_pipeline(
             walk: the pipeline draws random numbers beside its generator.
     """
     predictions: dict[int, Tensor] = {}
-    slot_calls = iter(walk.slot_calls)
+    # Before the pipeline is called, as that seeds what the student's dropout draws from.
+    student_rows = iter(
+        [encode(c.input_ids, c.attention_mask).to(c.rows.dtype) for c in walk.slot_calls]
+    )
     denoiser_calls = iter(enumerate(walk.denoiser_calls))
-
-    def student_rows(_: Callable[..., Any], input_ids: Tensor, mask: Tensor | None) -> Tensor:
-        return encode(input_ids, mask).to(next(slot_calls).rows.dtype)
 
     def predict_or_repeat(name: str, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         i, recorded = next(denoiser_calls)
@@ -63,8 +63,8 @@ def predict_through_pipeline(
 
     run_pipeline(
         pipe, walk.prompts, walk.pipeline_kwargs, walk.seed,
-        encode=student_rows, denoise=predict_or_repeat, zero_pooled=walk.zero_pooled,
-        grad=torch.is_grad_enabled(),
+        encode=lambda *_: next(student_rows), denoise=predict_or_repeat,
+        zero_pooled=walk.zero_pooled, grad=torch.is_grad_enabled(),
     )  # fmt: skip
     return predictions
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .calls import Path, map_tensors, tensors_in, with_first_tensor
-from .walk import DenoiserCall, Walk, run_pipeline
+from .walk import DENOISERS, DenoiserCall, Walk, run_pipeline
 
 # Digits 1 to 16: integers that bfloat16 and float16 hold exactly, and none is the 0 of a padding.
 BASE = 16
@@ -74,6 +74,7 @@ def _trace_sources(pipe: Any, walk: Walk) -> list[dict[Path, Tensor]]:
 
     slot_calls = iter(range(len(rows)))
     denoiser_calls = iter(walk.denoiser_calls)
+    attention = {name: _attention(pipe, name) for name in DENOISERS}
     sources: list[dict[Path, Tensor]] = []
     compared: dict[tuple[int, int, int], tuple[Tensor, Tensor | None]] = {}
 
@@ -85,6 +86,9 @@ def _trace_sources(pipe: Any, walk: Walk) -> list[dict[Path, Tensor]]:
     def read_back(name: str, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         recorded = _next(denoiser_calls, "its denoiser")
         _check_same_arguments(recorded, name, kwargs)
+        if _attention(pipe, name) != attention[name]:
+            # Perturbed-attention guidance: it takes a batch apart, and needs all of it.
+            raise NotAGather("it changes its denoiser's attention for the length of a call")
         found: dict[Path, Tensor] = {}
         now = tensors_in(kwargs)
         for path, then in tensors_in(recorded.kwargs).items():
@@ -126,6 +130,11 @@ def _compare(now: Tensor, then: Tensor, teacher: Tensor, digits: int, path: Path
     if not torch.equal(expected, then):
         raise NotAGather(f"{where} holds T5's rows changed, not copied")
     return torch.where(is_row, source, -1) if is_row.any() else None
+
+
+def _attention(pipe: Any, denoiser: str) -> dict[str, Any]:
+    """The attention processors of a denoiser."""
+    return dict(getattr(getattr(pipe, denoiser, None), "attn_processors", {}))
 
 
 def _check_same_arguments(recorded: DenoiserCall, name: str, kwargs: dict[str, Any]) -> None:
@@ -176,7 +185,9 @@ def _trace_batch_dims(pipe: Any, walk: Walk) -> list[dict[Path, int | None]]:
     # Some take a picture for each prompt (DeepFloyd IF): a list of them has one more, too.
     pipeline_kwargs = {
         name: [*value, value[0]]
-        if isinstance(value, list) and len(value) == batch and not isinstance(value[0], (int, float))
+        if isinstance(value, list)
+        and len(value) == batch
+        and not isinstance(value[0], (int, float))
         else value
         for name, value in walk.pipeline_kwargs.items()
     }

@@ -294,12 +294,16 @@ def run_pipeline(
         for name in DENOISERS:
             module = getattr(pipe, name, None)
             if isinstance(module, nn.Module):
+                stack.enter_context(_same_attention(module))
                 stack.enter_context(intercept(module, denoiser_forward(name, module)))
-        if isinstance(seed, int):
-            generator: Any = torch.Generator().manual_seed(seed)
-        else:
-            images = range(images_per_prompt(pipeline_kwargs))
-            generator = [torch.Generator().manual_seed(s + i) for s in seed for i in images]
+        seeds = [seed] if isinstance(seed, int) else seed
+        images = range(images_per_prompt(pipeline_kwargs) if seeds is seed else 1)
+        generators = [torch.Generator().manual_seed(s + i) for s in seeds for i in images]
+        generator = generators[0] if len(generators) == 1 else generators
+        # Some draw beside their generator: ControlNets of SD3 and HunyuanDiT encode pictures so.
+        device = pipe._execution_device
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.manual_seed(seeds[0])
         return call(generator=generator, output_type=output_type, **kwargs)
 
 
@@ -353,6 +357,17 @@ def undecorated_call(pipe: Any) -> Callable[..., Any]:
             "of diffusers are: gradients can't be led through it."
         )
     return call
+
+
+@contextmanager
+def _same_attention(denoiser: Any) -> Iterator[None]:
+    """Perturbed-attention guidance sets other processors, and leaves them if it is interrupted."""
+    before = dict(getattr(denoiser, "attn_processors", {}))
+    try:
+        yield
+    finally:
+        if getattr(denoiser, "attn_processors", {}) != before:
+            denoiser.set_attn_processor(before)
 
 
 @contextmanager

@@ -99,9 +99,12 @@ def measure(case: Case) -> Facts:
 
 def latents(pipe: Any, case: Case, call: dict[str, Any]) -> Tensor:
     """What the pipeline makes of the case's prompts, from the same noise."""
+    torch.manual_seed(0)  # some draw beside their generator
     takes = list(inspect.signature(type(pipe).__call__).parameters)
     more = {
-        "prompt" if "prompt" in takes else takes[1]: list(case.texts),
+        "prompt" if "prompt" in takes else takes[1]: list(case.texts)
+        if len(case.texts) > 1
+        else case.texts[0],
         "generator": torch.Generator().manual_seed(0),
         "output_type": "latent",
     }

@@ -56,6 +56,7 @@ from .case import Case
 
 Cls = type[DiffusionPipeline]
 QUOTED = ('a sign that says "hi"', 'a "red" circle')  # for those that let T5 read quotations only
+PERTURBED = "it changes its denoiser's attention"
 CALL: dict[str, Any] = {
     "height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 4.0,
 }  # fmt: skip
@@ -311,7 +312,7 @@ def kandinsky3(cls: Cls) -> DiffusionPipeline:
 CASES = [
     Case("PixArtAlphaPipeline", pixart, pixart_call),
     Case("PixArtSigmaPipeline", pixart, pixart_call),
-    Case("PixArtSigmaPAGPipeline", pixart, pixart_call, route="fallback"),
+    Case("PixArtSigmaPAGPipeline", pixart, pixart_call, route="fallback", why=PERTURBED),
     Case("HunyuanDiTPipeline", hunyuan_dit, hunyuan_dit_call),
     Case(
         "HunyuanDiTControlNetPipeline",
@@ -320,7 +321,7 @@ CASES = [
         route="fallback",
         why="controlnet_block_samples/0 depends on T5's output",
     ),
-    Case("HunyuanDiTPAGPipeline", hunyuan_dit, hunyuan_dit_call, route="fallback"),
+    Case("HunyuanDiTPAGPipeline", hunyuan_dit, hunyuan_dit_call, route="fallback", why=PERTURBED),
     Case("AuraFlowPipeline", aura_flow, lambda: CALL | {"max_sequence_length": MAX_TOKENS}),
     Case("CogView3PlusPipeline", cogview3, lambda: CALL | {"max_sequence_length": MAX_TOKENS}),
     Case(
