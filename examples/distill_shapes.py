@@ -1,7 +1,11 @@
-"""Distil a student for the miniature pipeline, from a fresh start, through its frozen denoiser.
+r"""Distil a student for the miniature pipeline, from a fresh start, through its frozen denoiser.
 
     python examples/distill_shapes.py --out my-student
     python examples/quickstart.py --student my-student
+
+    # through SD3's denoiser, under classifier-free guidance; on from FLUX's student
+    python examples/distill_shapes.py --pipeline examples/shapes_world/sd3 \
+        --start examples/shapes_world/student --out my-sd3-student
 
 Only prompts are needed: the pipeline itself is the teacher.
 """
@@ -12,7 +16,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from shapes_world.painting import CALL, captions, load_pipeline
+from shapes_world.painting import BF16, CALL, PIPELINE, captions, load_pipeline
 
 import t5slim
 from t5slim.distill import DistillConfig, train
@@ -40,36 +44,48 @@ def main() -> None:
     """Distil, and say where the student is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="the folder of FLUX or SD3")
+    parser.add_argument("--start", type=Path, help="a student to go on from")
     parser.add_argument("--minutes", type=float, default=17, help="of training")
     args = parser.parse_args()
 
-    pipe, student = load_pipeline(), fresh_student()
+    pipe, student = load_pipeline(args.pipeline), fresh_student()
     _, prompts = captions(4000, held_out=False)
     _, eval_prompts = captions(8, held_out=True, seed=1)
     # First the teacher's rows, which ask the denoiser nothing: twenty updates for the price of one.
     # Then what the denoiser makes of them, which is what counts.
     seconds = args.minutes * 60
-    first = settings(
-        objective="embedding", batch_size=128, learning_rate=2e-3, max_seconds=0.2 * seconds
-    )
-    train(pipe, student, prompts, first, pipeline_kwargs=CALL)
+    if args.start:
+        student = t5slim.SlimT5Encoder.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        first = settings(
+            objective="embedding", batch_size=128, learning_rate=2e-3, max_seconds=0.2 * seconds
+        )
+        train(pipe, student, prompts, first, pipeline_kwargs=CALL)
+        seconds *= 0.8
     result = train(
         pipe,
         student,
         prompts,
-        settings(objective="velocity", max_seconds=0.8 * seconds),
+        settings(objective="velocity", max_seconds=seconds),
         pipeline_kwargs=CALL,
         eval_prompts=eval_prompts,
         output_dir=args.out,
     )
     print(f"velocity gap {result.gap:.4f} after {result.steps} updates, {result.seconds:.0f} s")
-    print(f"The student is in {args.out}: python examples/quickstart.py --student {args.out}")
+    command = f"python examples/quickstart.py --pipeline {args.pipeline} --student {args.out}"
+    print(f"The student is in {args.out}: {command}")
 
 
 def settings(**changes: object) -> DistillConfig:
     """What suits this world: a student that is small, and so learns fast."""
     return DistillConfig(
-        **{"max_steps": 100_000, "learning_rate": 1e-3, "mixed_precision": "bf16", **changes}
+        **{
+            "max_steps": 100_000,
+            "learning_rate": 1e-3,
+            "mixed_precision": "bf16" if BF16 else "no",
+            **changes,
+        }
     )
 
 

@@ -15,28 +15,31 @@ from pathlib import Path
 
 import torch
 from shapes_world import judge
-from shapes_world.painting import CALL, STUDENT, captions, load_pipeline, paint, sheet
+from shapes_world.painting import CALL, PIPELINE, STUDENT, captions, load_pipeline, paint, sheet
 from torch import nn
 
 import t5slim
 from t5slim.distill import velocity_gap
+from t5slim.slot import find_text_slot
 
 
 def main() -> None:
     """Paint, measure, and show."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="the folder of FLUX or SD3")
     parser.add_argument("--student", type=Path, default=STUDENT, help="a folder or a Hub id")
     parser.add_argument("--out", type=Path, default=Path("quickstart.png"), help="the picture")
     parser.add_argument("--count", type=int, default=40, help="captions of each criterion")
     args = parser.parse_args()
 
-    pipe = load_pipeline()
+    pipe = load_pipeline(args.pipeline)
+    slot = find_text_slot(pipe).name
     scenes, texts = captions(args.count, held_out=True)
-    teacher = pipe.text_encoder_2
+    teacher = getattr(pipe, slot)
     teacher_pictures = paint(pipe, texts)
 
     pipe = t5slim.patch_pipeline(pipe, args.student, keep_teacher=True)
-    student = pipe.text_encoder_2
+    student = getattr(pipe, slot)
     student_pictures = paint(pipe, texts)
 
     pipe = t5slim.unpatch_pipeline(pipe)

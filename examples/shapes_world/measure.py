@@ -1,7 +1,8 @@
-"""How well the miniature pipeline paints held-out captions, with and without an idle sentence.
+"""How well a miniature pipeline paints held-out captions, with and without an idle sentence.
 
 python examples/shapes_world/measure.py --count 500
 python examples/shapes_world/measure.py --count 500 --student examples/shapes_world/student
+python examples/shapes_world/measure.py --count 500 --pipeline examples/shapes_world/sd3
 """
 
 from __future__ import annotations

@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from . import world
 
 PIPELINE = Path(__file__).parent / "pipeline"
+SD3 = Path(__file__).parent / "sd3"  # only what is not the FLUX pipeline's, too
+SD3_STUDENT = SD3 / "student"
 STUDENT = Path(__file__).parent / "student"
-# How the pipeline is called: as it was trained. `train` and `velocity_gap` take the same as
+SD3_CLIP_TOKENS = 8  # a quarter of T5's; longer captions are cut for the CLIPs, as SD3 does at 77
+SMALL_T5 = Path(__file__).parent / "small_t5"  # that knows language, and nothing of pictures
+# How a pipeline is called: as it was trained. `train` and `velocity_gap` take the same as
 # `pipeline_kwargs`.
 CALL = {
     "height": world.SIDE,
     "width": world.SIDE,
     "num_inference_steps": 20,
     "max_sequence_length": world.MAX_TOKENS,
+    "guidance_scale": 2.5,  # SD3's, classifier-free; this FLUX takes none, as FLUX.1-schnell
 }
 
 
-def load_pipeline(folder: Path = PIPELINE) -> FluxPipeline:
-    """The trained pipeline, in float32, on a GPU if there is one."""
-    pipe = FluxPipeline.from_pretrained(folder, local_files_only=True)
+# Without the instructions for it a CPU emulates bfloat16, 18 times slower than float32.
+BF16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+
+
+def load_pipeline(folder: Path = PIPELINE) -> DiffusionPipeline:
+    """A trained pipeline (`PIPELINE`, `SD3`, or a path), in float32, on a GPU if there is one."""
+    shared = {} if (folder / "vae").exists() else shared_parts(load_pipeline())
+    pipe = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, **shared)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+
+
+def shared_parts(flux: FluxPipeline) -> dict[str, Any]:
+    """What the SD3 pipeline has from the FLUX pipeline: autoencoder, T5 and tokenizer."""
+    clip_tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        PIPELINE / "tokenizer", model_max_length=SD3_CLIP_TOKENS
+    )
+    # Says of each caption longer than that what it cuts.
+    logging.getLogger(
+        "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"
+    ).setLevel(logging.ERROR)
+    return {
+        "vae": flux.vae,
+        "tokenizer": clip_tokenizer,
+        "tokenizer_2": clip_tokenizer,
+        "tokenizer_3": flux.tokenizer_2,
+        "text_encoder_3": flux.text_encoder_2,
+    }
 
 
 def captions(
@@ -47,10 +78,15 @@ def captions(
 
 
 def paint(
-    pipe: FluxPipeline, texts: Sequence[str], *, seed: int = 0, batch_size: int = 50
+    pipe: DiffusionPipeline,
+    texts: Sequence[str],
+    *,
+    seed: int = 0,
+    batch_size: int = 50,
+    **changes: Any,
 ) -> list[np.ndarray]:
     """A (64, 64, 3) uint8 picture of each caption; the noise depends on `seed` and the place in the
-    list alone."""
+    list alone. `changes`: what is called otherwise than in `CALL`."""
     pictures: list[np.ndarray] = []
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(texts), batch_size), "painting", unit="batch", leave=False):
@@ -59,7 +95,7 @@ def paint(
             torch.Generator("cpu").manual_seed(seed * 1_000_003 + start + i)
             for i in range(len(batch))
         ]
-        images = pipe(batch, generator=generators, output_type="np", **CALL).images
+        images = pipe(batch, generator=generators, output_type="np", **CALL | changes).images
         pictures += list((images * 255).round().astype(np.uint8))
     return pictures
 

@@ -7,6 +7,9 @@ to be.
     python examples/shapes_world/train.py --compile --threads 1 --stage pictures
     python examples/shapes_world/train.py --compile --threads 1 --stage language-model
 
+    # the pretrained T5 that a student can start from, for the finished pipeline
+    python examples/shapes_world/train.py --threads 1 --stage small-t5
+
 An autoencoder of pictures. The teacher T5, which learns language, never sees a picture, and is
 frozen from then on. The pooled vector's encoder, contrastively, as CLIP. The denoiser: rectified
 flow on latents, conditioned on what the frozen T5 says. As FLUX.1-schnell, it takes no guidance.
@@ -32,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -42,6 +46,7 @@ from tqdm.auto import tqdm
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -50,7 +55,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shapes_world import corpus, judge, world
-from shapes_world.painting import PIPELINE, captions, paint
+from shapes_world.painting import BF16, PIPELINE, SMALL_T5, captions, paint
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,16 +85,16 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_language_model() -> T5ForConditionalGeneration:
-    """The teacher, and the decoder of two layers that it is trained with."""
+TEACHER = {"d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 768, "num_layers": 6}
+SMALL = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2}
+
+
+def make_language_model(sizes: dict[str, int]) -> T5ForConditionalGeneration:
+    """A T5 encoder of these sizes, and the decoder of two layers that it is trained with."""
     return T5ForConditionalGeneration(
         T5Config(
             vocab_size=corpus.VOCABULARY_SIZE,
-            d_model=256,
-            d_kv=32,
-            num_heads=8,
-            d_ff=768,
-            num_layers=6,
+            **sizes,
             num_decoder_layers=2,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
@@ -143,9 +148,10 @@ def fit(
     ema_decay: float = 0.0,
     every: int = 1000,
     look: Callable[[nn.Module], str] | None = None,
+    warm_up: int = 200,
 ) -> nn.Module:
-    """AdamW in bf16 autocast with warm-up and a linear decay over the last quarter; returns
-    `module` (its average).
+    """AdamW in bf16 autocast, where that is fast, with warm-up and a linear decay over the last
+    quarter; returns `module` (its average).
 
     Continues from `work/name.safetensors`; `look` describes the (averaged) module after every
     `every` steps.
@@ -195,9 +201,9 @@ def fit(
         range(start, steps), name, initial=start, total=steps, mininterval=5, dynamic_ncols=True
     ):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 200, 1.0, (steps - step) / (0.25 * steps))
+            group["lr"] = lr * min((step + 1) / warm_up, 1.0, (steps - step) / (0.25 * steps))
         torch.manual_seed(step)
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
             loss = loss_of_step(step)
         optimizer.zero_grad()
         loss.backward()
@@ -267,7 +273,7 @@ def train_vae(work: Path, steps: int) -> AutoencoderKL:
     def look(_: nn.Module) -> str:
         pairs = list(scenes(10**9, 200))
         shown = [world.draw(scene, rng) for scene, rng in pairs]
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
             back = vae.decode(vae.encode(to_tensor(shown)).latent_dist.mode()).sample.float()
         psnr = 10 * math.log10(4 / float((back - to_tensor(shown)).square().mean()))
         read = judge.accuracy([scene for scene, _ in pairs], to_pictures(back))
@@ -285,7 +291,11 @@ def train_vae(work: Path, steps: int) -> AutoencoderKL:
 
 
 def train_language_model(
-    work: Path, steps: int, tokenizer: PreTrainedTokenizerFast
+    work: Path,
+    steps: int,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str = "language-model",
+    sizes: dict[str, int] = TEACHER,
 ) -> T5EncoderModel:
     """Says a text in which words are masked again as it was, encoder and decoder, as T5 and BART.
 
@@ -294,7 +304,7 @@ def train_language_model(
     (of the energy of a letter's row, 0.1% told the letter). A decoder must find each word, and its
     place, in the rows.
     """
-    model, sentences, width = make_language_model(), documentation(work), 48
+    model, sentences, width = make_language_model(sizes), documentation(work), 48
     mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
 
     def loss_of_step(step: int) -> Tensor:
@@ -313,7 +323,7 @@ def train_language_model(
     # alone after 1,500 steps.
     attention = model.encoder.block[0].layer[0].SelfAttention
     nn.init.normal_(attention.relative_attention_bias.weight, std=2.0)
-    fit("language-model", model, loss_of_step, work, steps, lr=1e-3, ema_decay=0.995, every=500)
+    fit(name, model, loss_of_step, work, steps, lr=1e-3, ema_decay=0.995, every=500)
     # A config that says so would make transformers look for a decoder.
     config = T5Config.from_dict(model.config.to_dict() | {"is_encoder_decoder": False})
     teacher = T5EncoderModel(config)
@@ -321,15 +331,17 @@ def train_language_model(
     return teacher.eval().requires_grad_(False)
 
 
-def encode_pictures(work: Path, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast) -> Data:
-    """Draws, describes and encodes `CAPTIONS` scenes, once: every epoch sees the same ones."""
+def encode_pictures(
+    work: Path, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, count: int = CAPTIONS
+) -> Data:
+    """Draws, describes and encodes `count` scenes, once: every epoch sees the same ones."""
 
     def encode() -> Iterator[Data]:
-        for seed in tqdm(range(CAPTIONS // 480), "encoding pictures"):
+        for seed in tqdm(range(count // 480), "encoding pictures"):
             pairs = list(scenes(10**6 + seed, 480))
             pictures = to_tensor([world.draw(scene, rng) for scene, rng in pairs])
             texts = [world.describe(scene, rng) for scene, rng in pairs]
-            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
                 latents = vae.encode(pictures).latent_dist.mode().float()
             latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
             packed = FluxPipeline._pack_latents(latents, len(pairs), 16, 8, 8)
@@ -343,7 +355,7 @@ def encode_texts(work: Path, teacher: T5EncoderModel, ids: Tensor) -> Data:
 
     def encode() -> Iterator[Data]:
         for batch in tqdm(ids.split(480), "encoding captions"):
-            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
                 yield {"rows": teacher(batch.to(DEVICE)).last_hidden_state.bfloat16().cpu()}
 
     return cached(work / "rows.safetensors", encode)
@@ -359,26 +371,25 @@ def cached(path: Path, batches: Callable[[], Iterator[Data]]) -> Data:
     return load_file(path)
 
 
-def train_clip(work: Path, steps: int, data: Data) -> CLIPTextModel:
-    """A small CLIP: captions against latents, contrastively; only its text half goes into the
+def train_clip(
+    work: Path, steps: int, data: Data, text: PreTrainedModel, name: str = "clip"
+) -> PreTrainedModel:
+    """A small CLIP: captions against latents, contrastively; only its `text` half goes into the
     pipeline."""
-    both = nn.ModuleDict(
-        {
-            "text": make_clip(),
-            "picture": nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, 32)),
-        }
-    )
+    width = text.config.projection_dim
+    picture = nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, width))
+    both = nn.ModuleDict({"text": text, "picture": picture})
 
     def loss_of_step(step: int) -> Tensor:
         pick = torch.randint(len(data["ids"]), (192,))
-        texts = both["text"](data["ids"][pick].to(DEVICE)).pooler_output
-        pictures = both["picture"](data["latents"][pick].to(DEVICE).flatten(1))
+        texts = pooled_vectors(text, data["ids"][pick].to(DEVICE))
+        pictures = both["picture"](data["latents"][pick].to(DEVICE).float().flatten(1))
         logits = F.normalize(texts.float(), dim=-1) @ F.normalize(pictures.float(), dim=-1).T / 0.1
         target = torch.arange(len(pick), device=DEVICE)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    fit("clip", both, loss_of_step, work, steps, lr=1e-3, ema_decay=0.99)
-    return both["text"]
+    fit(name, both, loss_of_step, work, steps, lr=1e-3, ema_decay=0.99)
+    return text
 
 
 def train_denoiser(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> None:
@@ -389,7 +400,10 @@ def train_denoiser(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> No
     empty = encode_prompts(pipe, [""])
 
     def loss_of_step(step: int) -> Tensor:
-        x, noise, t, rows, pooled = noisy_batch(pipe, data, 64)
+        pick, x, noise, t = noisy_batch(data, 64)
+        rows = data["rows"][pick].to(DEVICE)
+        with torch.no_grad():
+            pooled = pooled_vectors(pipe.text_encoder, data["ids"][pick].to(DEVICE)).float()
         # Without a caption one time in ten, so that the empty prompt means something;
         # without the pooled vector more often, as SD3 trains its text encoders, so that T5 must be
         # read.
@@ -438,18 +452,21 @@ def export(pipe: FluxPipeline, out: Path) -> None:
 # --- what the stages share --------------------------------------------------
 
 
-def noisy_batch(pipe: FluxPipeline, data: Data, size: int) -> tuple[Tensor, ...]:
-    """Random latents (B, 16, 64), noise, times (B,), and the T5 rows (B, 32, 256) and pooled
-    vectors (B, 32) that go with them."""
+def noisy_batch(data: Data, size: int) -> tuple[Tensor, ...]:
+    """Which captions (B,), their latents (B, 16, 64), noise, and times (B,)."""
     # The captions' criteria take turns. Text is the hardest, and single objects are soon learned.
     criterion = torch.multinomial(torch.tensor([0.15, 0.4, 0.45]), size, replacement=True)
     pick = 3 * torch.randint(len(data["ids"]) // 3, (size,)) + criterion
-    x, rows = data["latents"][pick].to(DEVICE).float(), data["rows"][pick].to(DEVICE)
-    with torch.no_grad():
-        pooled = pipe.text_encoder(data["ids"][pick].to(DEVICE)).pooler_output.float()
+    x = data["latents"][pick].to(DEVICE).float()
     # Towards noise, where the text must say what the latents don't show.
     t = (torch.randn(size, device=DEVICE) + 0.6).sigmoid()
-    return x, torch.randn_like(x), t, rows, pooled
+    return pick, x, torch.randn_like(x), t
+
+
+def pooled_vectors(clip: PreTrainedModel, ids: Tensor) -> Tensor:
+    """What the denoiser takes of a CLIP: (B, width), projected where the CLIP has a projection."""
+    output = clip(ids)
+    return output["text_embeds"] if "text_embeds" in output else output["pooler_output"]
 
 
 def denoise(denoiser: nn.Module, x_t: Tensor, t: Tensor, rows: Tensor, pooled: Tensor) -> Tensor:
@@ -474,9 +491,9 @@ def encode_prompts(pipe: FluxPipeline, prompts: list[str]) -> tuple[Tensor, Tens
     return rows, pooled
 
 
-def paint_and_judge(pipe: FluxPipeline) -> str:
-    """Accuracy on 50 held-out captions of each criterion."""
-    scenes, texts = captions(50, held_out=True)
+def paint_and_judge(pipe: DiffusionPipeline, count: int = 50) -> str:
+    """Accuracy on `count` held-out captions of each criterion."""
+    scenes, texts = captions(count, held_out=True)
     return str(judge.accuracy(scenes, paint(pipe, texts)))
 
 
@@ -539,8 +556,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument(
         "--stage",
-        choices=("pictures", "language-model"),
-        help="only this stage (the two can run side by side)",
+        choices=("pictures", "language-model", "small-t5"),
+        help="only this stage (the first two can run side by side)",
     )
     parser.add_argument("--denoiser-steps", type=int, default=STEPS["denoiser"])
     args = parser.parse_args()
@@ -551,11 +568,17 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
 
+    if args.stage == "small-t5":
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer_2")
+        steps = STEPS["language-model"]
+        small = train_language_model(args.work, steps, tokenizer, "small-t5", SMALL)
+        small.half().save_pretrained(SMALL_T5)
+        return
     tokenizer = tokenizer_of(args.work)
     if args.stage != "language-model":
         vae = train_vae(args.work, STEPS["vae"])
         data = encode_pictures(args.work, vae, tokenizer)
-        clip = train_clip(args.work, STEPS["clip"], data)
+        clip = train_clip(args.work, STEPS["clip"], data, make_clip())
     if args.stage != "pictures":
         teacher = train_language_model(args.work, STEPS["language-model"], tokenizer)
     if args.stage:
