@@ -26,6 +26,7 @@ class Case:
         why: for "fallback" and "none": a part of what the library says of it.
         prompts: how many of `tiny.PROMPTS` go through it together, as some pipelines take one only;
             or which.
+        student: sizes of the student, where the pipeline asks for more than its rows' width.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Case:
     route: str = "gather"
     why: str = ""
     prompts: int | tuple[str, ...] = 2
+    student: dict[str, int] = field(default_factory=dict)
 
     @property
     def cls(self) -> type[DiffusionPipeline] | None:

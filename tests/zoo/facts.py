@@ -73,7 +73,7 @@ def measure(case: Case) -> Facts:
             module.requires_grad_(False)
     slot = find_text_slot(pipe)
     encoder = type(getattr(pipe, slot.name)).__name__
-    student = tiny_student(pipe)
+    student = tiny_student(pipe, **case.student)
 
     teachers = latents(pipe, case, call)
     t5slim.patch_pipeline(pipe, student, keep_teacher=True)

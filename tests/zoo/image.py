@@ -53,6 +53,7 @@ from transformers import (
 )
 
 from .case import Case
+from .pictures import mask, picture
 
 Cls = type[DiffusionPipeline]
 QUOTED = ('a sign that says "hi"', 'a "red" circle')  # for those that let T5 read quotations only
@@ -62,23 +63,9 @@ CALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def picture(seed: int = 0, size: int = 16) -> Image.Image:
-    pixels = torch.randint(
-        256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
-    return Image.fromarray(pixels.numpy())
-
-
 def pictures(size: int = 16) -> list[Image.Image]:
     """One for each prompt."""
     return [picture(seed, size) for seed in range(2)]
-
-
-def mask() -> Image.Image:
-    """White, what is to be painted, on the left."""
-    image = Image.new("L", (16, 16))
-    image.paste(255, (0, 0, 8, 16))
-    return image
 
 
 def pixart(cls: Cls) -> DiffusionPipeline:
@@ -246,7 +233,9 @@ def hunyuan_image(cls: Cls) -> DiffusionPipeline:
         guider=AdaptiveProjectedMixGuidance(guidance_scale=3.0),
         ocr_guider=AdaptiveProjectedMixGuidance(guidance_scale=4.0),
     )  # fmt: skip
-    pipe.tokenizer_max_length = 220  # the template alone has 190 bytes, which are tokens here
+    # Lengths that aren't in the components' configs; the template alone has 190 bytes.
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "{}", 0
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 24, 24
     return finish(pipe)
 
 
@@ -337,6 +326,7 @@ CASES = [
         hunyuan_image,
         lambda: {"height": 16, "width": 16, "num_inference_steps": 2},
         prompts=QUOTED,
+        student={"d_model": TEXT_WIDTH},  # the width of the zeros for prompts without quotation
     ),
     Case("IFPipeline", deepfloyd, deepfloyd_call),
     Case(
