@@ -251,16 +251,18 @@ def run_pipeline(
     """
     encoder = teacher_of(pipe)
     check_pipeline_kwargs(pipe, pipeline_kwargs)
+    # Some pipelines take a string for the whole batch and some only a list: all take the list. And
+    # some (Wan-VACE) take no batch, nor a list of one: all take a string.
+    one = len(prompts) == 1
     kwargs: dict[str, Any] = {
-        # Some pipelines take a string for the whole batch and some only a list: all take the list.
         name: [value] * len(prompts)
-        if _TEXT_ARGUMENT.fullmatch(name) and isinstance(value, str)
+        if _TEXT_ARGUMENT.fullmatch(name) and isinstance(value, str) and not one
         else value
         for name, value in pipeline_kwargs.items()
     }
     # By name: Kontext and many for video take an image first. VisualCloze's is `task_prompt`.
     names = list(inspect.signature(type(pipe).__call__).parameters)
-    kwargs["prompt" if "prompt" in names else names[1]] = list(prompts)
+    kwargs["prompt" if "prompt" in names else names[1]] = prompts[0] if one else list(prompts)
 
     def encoder_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
