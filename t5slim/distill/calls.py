@@ -115,5 +115,11 @@ class CopyOnce:
         key = (id(tensor), tensor._version)
         if key not in self._clones:
             # The original is held, too: its id would be given to another tensor if it were freed.
-            self._clones[key] = (tensor, tensor.detach().clone())
+            self._clones[key] = (tensor, _clone(tensor.detach()))
         return self._clones[key][1]
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """A copy that is expanded where `tensor` is: kernels round as their input lies in memory."""
+    once = tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())
+    return tensor[once].clone().expand_as(tensor)
