@@ -234,7 +234,7 @@ def hunyuan_image(cls: Cls) -> DiffusionPipeline:
         ocr_guider=AdaptiveProjectedMixGuidance(guidance_scale=4.0),
     )  # fmt: skip
     # Lengths that aren't in the components' configs; the template alone has 190 bytes.
-    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "{}", 0
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = ": {}", 1
     pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 24, 24
     return finish(pipe)
 
