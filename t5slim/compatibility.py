@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from .checkpoint import Source
 from .config import SlimT5Config
 from .encoder import SlimT5Encoder
 from .errors import IncompatibleStudentError
-from .slot import denoiser_text_width, find_text_slot
+from .slot import component_types, denoiser_text_width, find_text_slot, uncompiled
 
 Student = SlimT5Encoder | str | os.PathLike[str]
 
 PUBLISHED_FLUX_STUDENT = "LifuWang/DistillT5"
 _PUBLISHED_FLUX_WIDTH = 4096
+
+
+def is_student(module: object) -> TypeGuard[SlimT5Encoder]:
+    """Whether this is a student, or a student that `torch.compile` wrapped."""
+    return isinstance(uncompiled(module), SlimT5Encoder)
 
 
 def student_config(student: Student, **access: Any) -> SlimT5Config:
@@ -30,7 +34,7 @@ def student_config(student: Student, **access: Any) -> SlimT5Config:
         IncompatibleStudentError: Something else, such as a T5EncoderModel.
         ConfigError, CheckpointError, HubAccessError: As in `SlimT5Encoder.from_pretrained`.
     """
-    if isinstance(student, SlimT5Encoder):
+    if is_student(student):
         return student.config
     how = "To make one of a T5, see t5slim.SlimT5Encoder.from_t5 and t5slim.distill.train."
     if not isinstance(student, (str, os.PathLike)):
@@ -47,17 +51,18 @@ def student_config(student: Student, **access: Any) -> SlimT5Config:
     return SlimT5Config.from_dict(values)
 
 
-def published_student(cls: type, width: int | None = None) -> str:
+def published_student(pipe: Any, width: int | None = None) -> str:
     """The Hub id of the student that is published for a pipeline's denoiser.
 
     Args:
-        cls: A class of pipelines.
+        pipe: A pipeline, or a class of them.
         width: The width of the rows that the denoiser takes, where it is known.
 
     Raises:
         IncompatibleStudentError: There is one for FLUX.1 only.
     """
-    transformer = inspect.signature(cls).parameters.get("transformer")
+    cls = pipe if isinstance(pipe, type) else type(pipe)
+    transformer = component_types(pipe).get("transformer")
     is_flux = re.search(r"\bFluxTransformer2DModel\b", str(transformer)) is not None
     if is_flux and width in (None, _PUBLISHED_FLUX_WIDTH):
         return PUBLISHED_FLUX_STUDENT

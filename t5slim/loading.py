@@ -9,7 +9,7 @@ import torch
 
 from .compatibility import Student, published_student, student_config
 from .encoder import SlimT5Encoder
-from .slot import check_device_map, find_text_slot
+from .slot import check_device_map, find_text_slot, is_modular
 
 # Arguments of a pipeline's `from_pretrained` that hold for the student as well.
 _HUB_ACCESS = ("cache_dir", "force_download", "local_files_only", "token")
@@ -31,6 +31,11 @@ def load_without_t5(
     """
     import diffusers
 
+    if is_modular(cls):
+        raise TypeError(
+            f"{cls.__name__} is a class of modular pipelines. Make one, load its components but T5 "
+            "with pipe.load_components(names=[...]), and call t5slim.patch_pipeline(pipe)."
+        )
     check_device_map(kwargs.get("device_map"))
     _let_diffusers_download_students()
     access = {key: kwargs[key] for key in _HUB_ACCESS if key in kwargs}
@@ -50,7 +55,7 @@ def load_without_t5(
     elif student is None:
         student = published_student(concrete)
     student_config(student, **access)
-    if not isinstance(student, SlimT5Encoder):
+    if isinstance(student, (str, os.PathLike)):
         student = SlimT5Encoder.from_pretrained(student, dtype=dtype, **access)
     kwargs = kwargs | {slot.name: None}
     if "dtype" in kwargs and tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 40):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 import torch
 from transformers import PreTrainedModel
 
-from .compatibility import Student, check_compatible, published_student, student_config
+from .compatibility import Student, check_compatible, is_student, published_student, student_config
 from .encoder import SlimT5Encoder
 from .errors import AlreadyPatchedError, PatchError
 from .loading import load_without_t5
@@ -20,8 +20,11 @@ from .slot import (
     fill_slot,
     find_text_slot,
     free_memory,
+    is_modular,
     offload_paused,
     restore_slot,
+    slot_entry,
+    uncompiled,
 )
 
 PipelineT = TypeVar("PipelineT")
@@ -34,7 +37,7 @@ class _Patch:
     Attributes:
         student: what was put in the slot.
         teacher: what was there, if it was kept, or None.
-        entry: what `model_index.json` said of the teacher.
+        entry: what `slot_entry` said of the teacher.
         reversible: False if there was a teacher and it wasn't kept.
         reload: an expression that loads the teacher again.
     """
@@ -91,12 +94,14 @@ def patch_pipeline(
     `t5slim.patch_pipeline(DiffusionPipeline, "user/name")`.
 
     Args:
-        pipe: A pipeline; or a class, also `DiffusionPipeline` or `AutoPipelineForText2Image`.
+        pipe: A pipeline, also a modular one whose components are loaded (T5 needn't be). Or a
+            class, also `DiffusionPipeline` or `AutoPipelineForText2Image`.
         source: With a pipeline, the same as `student`. With a class, the folder or Hub id of the
             pipeline.
         student: A `SlimT5Encoder`, or the folder or Hub id of one. The default is the student
             published for FLUX.1; or, with a class and a pipeline that was saved patched, its own.
-            A `SlimT5Encoder` isn't copied: it takes on the pipeline's device and dtype.
+            A `SlimT5Encoder` isn't copied: it takes on the pipeline's device and dtype. It may be
+            compiled.
         keep_teacher: Keep the T5 in memory, where it is, for `unpatch_pipeline`. Otherwise it is
             freed, unless something else refers to it, such as another pipeline that shares it.
         **kwargs: With a class, what its `from_pretrained` takes. `cache_dir`, `force_download`,
@@ -155,14 +160,15 @@ def unpatch_pipeline(pipe: PipelineT, teacher: PreTrainedModel | None = None) ->
     """
     slot = find_text_slot(pipe)
     student = getattr(pipe, slot.name)
-    if not isinstance(student, SlimT5Encoder):
+    if not is_student(student):
         raise PatchError(
             f"there is nothing to undo: {slot.name} of this {type(pipe).__name__} holds "
             f"{_describe(student)}, and no student."
         )
     check_device_map(getattr(pipe, "hf_device_map", None))
     patch = getattr(pipe, "_t5slim_patch", None)
-    if patch is None or patch.student is not student:  # patched by another process
+    if patch is None or uncompiled(patch.student) is not uncompiled(student):
+        # Patched by another process.
         patch = _Patch(student, None, None, reversible=False, reload=_reload(slot, None, None))
     entry = None
     if teacher is None:
@@ -175,7 +181,7 @@ def unpatch_pipeline(pipe: PipelineT, teacher: PreTrainedModel | None = None) ->
         teacher, entry = patch.teacher, patch.entry
     with offload_paused(pipe):
         if teacher is not None:
-            teacher.to(student.device)
+            teacher.to(student.device)  # type: ignore[arg-type] # transformers' wrapper of `to`
             if teacher.dtype != student.dtype:  # the pipeline was cast since
                 _cast(teacher, student.dtype)
         restore_slot(pipe, slot, teacher, entry)
@@ -192,25 +198,26 @@ def _patch(
 ) -> Any:
     slot = find_text_slot(pipe)
     teacher = getattr(pipe, slot.name)
-    if isinstance(teacher, SlimT5Encoder):
+    if is_student(teacher):
+        register = "update_components" if is_modular(pipe) else "register_modules"
         raise AlreadyPatchedError(
             f"{slot.name} of this {type(pipe).__name__} already holds a student, "
             f"{_describe(teacher)}. Call t5slim.unpatch_pipeline(pipe) first; or, to put another "
-            f"student in its place without its T5, pipe.register_modules({slot.name}=None)."
+            f"student in its place without its T5, pipe.{register}({slot.name}=None)."
         )
     check_device_map(getattr(pipe, "hf_device_map", None))
     if student is None:
-        student = published_student(type(pipe), denoiser_text_width(pipe))
+        student = published_student(pipe, denoiser_text_width(pipe))
     check_compatible(student_config(student), pipe)
     dtype = dtype or (pipe if teacher is None else teacher).dtype
-    if not isinstance(student, SlimT5Encoder):
+    if isinstance(student, (str, os.PathLike)):
         student = SlimT5Encoder.from_pretrained(student, dtype=dtype)
 
-    home = os.fspath(pipe.name_or_path or "")
+    home = os.fspath(getattr(pipe, "name_or_path", None) or "")
     patch = _Patch(
         student=student,
         teacher=teacher if keep_teacher else None,
-        entry=pipe.config[slot.name],
+        entry=slot_entry(pipe, slot),
         reversible=keep_teacher or teacher is None,
         # A pipeline that brought its own student has no T5 to load again.
         reload=_reload(slot, teacher, None if student.config.name_or_path == home else home),

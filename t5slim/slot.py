@@ -3,7 +3,8 @@
 A pipeline keeps its T5 in one component: `text_encoder`, `text_encoder_2` or `text_encoder_3`.
 Which one is read from the module that is there (its `config.model_type`) and, where there is none
 because T5 was skipped when the pipeline was loaded, from the annotations of the pipeline's
-`__init__`. So this file holds no table of pipelines, and doesn't import diffusers.
+`__init__`, or from what the blocks of a modular pipeline expect. So this file holds no table of
+pipelines, and doesn't import diffusers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from .errors import NoT5SlotError, PatchError
 
 _COMPONENT = re.compile(r"text_encoder(_\d+)?")
-_T5_CLASS = re.compile(r"\b(UM|M)?T5EncoderModel\b")
+_T5_CLASS = re.compile(r"\b((UM|M)?T5EncoderModel|SlimT5Encoder)\b")
 _T5_MODEL_TYPES = frozenset({"t5", "mt5", "umt5", "slim_t5"})
 
 # The denoiser's config key for the width of T5's rows, by family. Where one config has two such
@@ -58,23 +59,23 @@ def find_text_slot(pipe: Any) -> TextSlot:
     """Find the T5 slot of a pipeline.
 
     Args:
-        pipe: a `DiffusionPipeline`, or a class of them: then only the annotations of its `__init__`
-            are read. T5, mT5, UMT5 and ByT5 encoders count as T5, and so does a student.
+        pipe: a `DiffusionPipeline` or a `ModularPipeline`; or a class of the former: then only the
+            annotations of its `__init__` are read. T5, mT5, UMT5 and ByT5 encoders count as T5, and
+            so does a student.
 
     Raises:
         NoT5SlotError: no component is a T5 or, where it is None, is declared as one. The message
             says which encoders the pipeline has.
-        TypeError: `pipe` isn't a pipeline, or a modular one.
+        TypeError: `pipe` isn't a pipeline.
     """
     cls = pipe if isinstance(pipe, type) else type(pipe)
-    if pipe is not cls and not hasattr(pipe, "register_modules"):
+    if pipe is not cls and not (hasattr(pipe, "register_modules") or is_modular(pipe)):
         raise TypeError(f"expected a diffusers pipeline, or a class of them; got {pipe!r}.")
     encoders = {}
-    for name, parameter in inspect.signature(cls).parameters.items():
+    for name, declared in component_types(pipe).items():
         if not _COMPONENT.fullmatch(name):
             continue
         module = None if pipe is cls else getattr(pipe, name, None)
-        declared = parameter.annotation
         if _is_t5(module) or (module is None and _T5_CLASS.search(str(declared))):
             return TextSlot(name)
         if module is not None:
@@ -87,6 +88,17 @@ def find_text_slot(pipe: Any) -> TextSlot:
         "replaces T5 encoders, as in FLUX.1, Stable Diffusion 3, PixArt, Chroma or LTX-Video. SDXL "
         "and FLUX.2, for example, read their prompts with other models."
     )
+
+
+def component_types(pipe: Any) -> dict[str, Any]:
+    """The types that a pipeline, or a class of them, declares its components with, by their names.
+
+    Classes, unions of them, or strings where diffusers wrote a string.
+    """
+    if isinstance(pipe, type) or not is_modular(pipe):
+        cls = pipe if isinstance(pipe, type) else type(pipe)
+        return {name: p.annotation for name, p in inspect.signature(cls).parameters.items()}
+    return {name: spec.type_hint for name, spec in pipe._component_specs.items()}
 
 
 def denoiser_text_width(pipe: Any) -> int | None:
@@ -122,21 +134,36 @@ def fill_slot(pipe: Any, slot: TextSlot, module: nn.Module | None) -> None:
     if hooks and module is not None and not _group_offload_hooks(module):
         _apply_group_offload(module, hooks[0].config)
     with offload_paused(pipe):
-        # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json, and
-        # `from_pretrained` would then lose the module that `save_pretrained` wrote.
-        pipe.register_modules(**{slot.name: module})
+        if is_modular(pipe):
+            if hasattr(pipe, "unload_components"):  # or its components manager would keep the host
+                pipe.unload_components(slot.name)
+            pipe.update_components(**{slot.name: module})
+        else:
+            # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json, and
+            # `from_pretrained` would then lose the module that `save_pretrained` wrote.
+            pipe.register_modules(**{slot.name: module})
 
 
-def restore_slot(pipe: Any, slot: TextSlot, host: nn.Module | None, entry: Any = None) -> None:
+def slot_entry(pipe: Any, slot: TextSlot) -> tuple[Any, Any]:
+    """What the pipeline's index, and the specs of a modular one, say of the module in the slot."""
+    return pipe.config[slot.name], getattr(pipe, "_component_specs", {}).get(slot.name)
+
+
+def restore_slot(
+    pipe: Any, slot: TextSlot, host: nn.Module | None, entry: tuple[Any, Any] | None = None
+) -> None:
     """Undo `fill_slot`: `host` returns, and the guest leaves without hooks.
 
-    `entry` is what `model_index.json` said of `host`, which needn't be what it would say now: a
-    module that was assigned to an empty slot has none.
+    `entry` is what `slot_entry` said of `host`, which needn't be what it would say now: a module
+    that was assigned to an empty slot has none in `model_index.json`.
     """
     guest = getattr(pipe, slot.name)
     fill_slot(pipe, slot, host)
     if entry is not None:
-        pipe.register_to_config(**{slot.name: entry})
+        index, spec = entry
+        pipe.register_to_config(**{slot.name: index})
+        if spec is not None:
+            pipe._component_specs[slot.name] = spec
     for part in guest.modules():
         registry = part.__dict__.pop("_diffusers_hook", None)
         for name in list(registry.hooks) if registry is not None else ():
@@ -213,6 +240,16 @@ def _apply_group_offload(module: nn.Module, config: Any) -> None:
         # Not to config.offload_to_disk_path: diffusers names files by layer and overwrites none, so
         # a second student would silently run with the weights of the first.
     )
+
+
+def is_modular(pipe: Any) -> bool:
+    """Whether this is one of diffusers' modular pipelines, or a class of them."""
+    return hasattr(pipe, "update_components")
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that `torch.compile(module)` wraps; any other module is returned as it is."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _is_t5(module: object) -> bool:

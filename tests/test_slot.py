@@ -48,7 +48,14 @@ from transformers import (
 )
 
 from t5slim import NoT5SlotError
-from t5slim.slot import TextSlot, denoiser_text_width, fill_slot, find_text_slot, restore_slot
+from t5slim.slot import (
+    TextSlot,
+    denoiser_text_width,
+    fill_slot,
+    find_text_slot,
+    restore_slot,
+    slot_entry,
+)
 
 
 def every_pipeline_class() -> list[type[DiffusionPipeline]]:
@@ -268,8 +275,9 @@ def test_restoring_a_module_that_was_assigned_to_an_empty_slot():
     host = pipe.text_encoder_2
     pipe.register_modules(text_encoder_2=None)
     pipe.text_encoder_2 = host
-    slot, entry = find_text_slot(pipe), pipe.config["text_encoder_2"]
-    assert entry == (None, None)
+    slot = find_text_slot(pipe)
+    entry = slot_entry(pipe, slot)
+    assert pipe.config["text_encoder_2"] == (None, None)
     fill_slot(pipe, slot, t5_encoder())
     assert pipe.config["text_encoder_2"] == ("transformers", "T5EncoderModel")
     restore_slot(pipe, slot, host, entry)

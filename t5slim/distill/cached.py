@@ -35,6 +35,7 @@ from ..slot import (
     free_memory,
     offload_paused,
     restore_slot,
+    slot_entry,
 )
 from .cache import TeacherCache, sha256_of
 from .checks import Prompts, load_prompts
@@ -157,7 +158,7 @@ def cached_teacher(
     cache.check(describe_teacher(pipe))
     check_device_map(getattr(pipe, "hf_device_map", None))
     slot = find_text_slot(pipe)
-    host, entry = getattr(pipe, slot.name), pipe.config[slot.name]
+    host, entry = getattr(pipe, slot.name), slot_entry(pipe, slot)
     stand_in = CachedTeacher(cache, getattr(pipe, slot.tokenizer_name))
     with offload_paused(pipe):
         stand_in.to(pipe._execution_device if host is None else host.device)

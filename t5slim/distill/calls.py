@@ -63,15 +63,18 @@ def intercept(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]
     """Let `function(forward, *args, **kwargs)` stand for the module's `forward`.
 
     On the instance, where accelerate's offload hooks put theirs too: `forward` is the hooked one.
+    After `module.compile()` it is the compiled call that is replaced: torch.compile would otherwise
+    look into `function`, and compile that.
     """
-    before = module.__dict__.get("forward")
-    module.forward = partial(function, module.forward)  # type: ignore[method-assign]
+    name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+    before = module.__dict__.get(name)
+    setattr(module, name, partial(function, getattr(module, name)))
     try:
         yield
     finally:
-        del module.forward
+        delattr(module, name)
         if before is not None:
-            module.forward = before  # type: ignore[method-assign]
+            setattr(module, name, before)
 
 
 def by_name(

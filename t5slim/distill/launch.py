@@ -17,7 +17,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
 from ..errors import DistillError
-from ..slot import fill_slot, find_text_slot, free_memory, restore_slot
+from ..slot import fill_slot, find_text_slot, free_memory, restore_slot, slot_entry
 from .cached import cache_teacher, cached_teacher
 from .checks import check_launch
 from .draws import WalkShape, prompts_of_run
@@ -177,13 +177,13 @@ class Launch:
         denoiser = next(d for name in DENOISERS if (d := getattr(pipe, name, None)) is not None)
         guest: Any = copy.deepcopy(self._students[0])
         guest.to(device=pipe._execution_device, dtype=denoiser.dtype)
-        entry = pipe.config[self._slot.name]
+        entry = slot_entry(pipe, self._slot)
         fill_slot(pipe, self._slot, guest)
         try:
             if run.resume:
                 facts = run_facts(
-                    pipe, self._students, run.config, self._kwargs, self._prompts, self._held_out,
-                    self._accelerator.num_processes,
+                    [pipe], self._students, run.config, [self._kwargs], self._prompts,
+                    self._held_out, self._accelerator.num_processes,
                 )  # fmt: skip
                 check_same_run(self._folder, facts)
             if "velocity" not in run.config.terms:
