@@ -15,7 +15,7 @@ from ..errors import DistillError
 from .config import DistillConfig
 from .prompts import Prompts as Prompts
 from .prompts import load_prompts as load_prompts
-from .walk import DENOISERS, teacher_of
+from .walk import DENOISERS, check_no_cache, teacher_of
 
 
 def check_student(pipe: Any, student: nn.Module) -> None:
@@ -48,9 +48,11 @@ def check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:
     if not isinstance(student, SlimT5Encoder):
         raise DistillError(
             f"student is a {type(student).__name__}; expected a SlimT5Encoder. To make one of a "
-            "small T5, see SlimT5Encoder.from_t5."
+            "small T5, see SlimT5Encoder.from_t5. One is compiled for training with "
+            "student.compile(), and given a LoRA with student.add_adapter(...)."
         )
     check_student(pipe, student)
+    check_no_cache(pipe)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistillError("No parameter of the student requires a gradient: it can't learn.")
     dtypes = [getattr(getattr(pipe, name, None), "dtype", None) for name in DENOISERS]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..slot import find_text_slot
+from ..slot import find_text_slot, is_modular
 from .calls import (
     CopyOnce,
     by_name,
@@ -128,9 +128,10 @@ def capture(
 
     Raises:
         NoT5SlotError: the pipeline has no T5.
-        DistillError: `pipeline_kwargs` has a name that the pipeline doesn't take, or the denoiser
-            was never called.
+        DistillError: `pipeline_kwargs` has a name that the pipeline doesn't take, the denoiser was
+            never called, or it has a cache.
     """
+    check_no_cache(pipe)
     slot_calls: list[SlotCall] = []
     denoiser_calls: list[DenoiserCall] = []
     copy = CopyOnce()
@@ -314,8 +315,14 @@ def teacher_of(pipe: Any) -> nn.Module:
 
     Raises:
         NoT5SlotError: there is no slot.
-        DistillError: there is nothing in it.
+        DistillError: there is nothing in it, or the pipeline is a modular one.
     """
+    if is_modular(pipe):
+        raise DistillError(
+            f"{type(pipe).__name__} is a modular pipeline, of which any block may be left out or "
+            "called alone. Make a whole one of its components, as "
+            "FluxPipeline(vae=pipe.vae, transformer=pipe.transformer, ...), and distil from that."
+        )
     slot = find_text_slot(pipe)
     encoder = getattr(pipe, slot.name)
     if encoder is None:
@@ -325,6 +332,29 @@ def teacher_of(pipe: Any) -> nn.Module:
             "`with t5slim.distill.cached_teacher(pipe, folder):`."
         )
     return encoder
+
+
+def check_no_cache(pipe: Any) -> None:
+    """Refuse a denoiser that carries something over from one of its calls to the next.
+
+    All caches of diffusers are stateful hooks, whichever function put them there.
+    """
+    for name in DENOISERS:
+        denoiser = getattr(pipe, name, None)
+        registries = [
+            registry
+            for part in (denoiser.modules() if isinstance(denoiser, nn.Module) else ())
+            if (registry := getattr(part, "_diffusers_hook", None)) is not None
+        ]
+        stateful = {key for r in registries for key, hook in r.hooks.items() if hook._is_stateful}
+        if stateful:
+            config = getattr(denoiser, "_cache_config", None)
+            what = ", ".join(sorted(stateful)) if config is None else type(config).__name__
+            raise DistillError(
+                f"The {name} of this {type(pipe).__name__} has a cache ({what}): it repeats "
+                "parts of its earlier answers, which would be learned as if they were computed. "
+                f"Call pipe.{name}.disable_cache() first, and enable the cache again afterwards."
+            )
 
 
 def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None:
