@@ -255,11 +255,13 @@ def check_tensors(
 
 def check_finite(model: nn.Module, source: Source) -> None:
     """Raise a CheckpointError that names the parameters which hold NaN or infinity."""
-    broken = [
-        name
-        for name, weight in model.named_parameters()
-        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all()
-    ]
+    broken = []
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta:
+            # A quantized weight says that it is a float, and can't say whether it is finite.
+            plain = weight if type(weight) is nn.Parameter else weight.dequantize()
+            if not plain.isfinite().all():
+                broken.append(name)
     if broken:
         raise CheckpointError(
             f"{source} has NaN or infinity in {', '.join(sorted(broken))}. The file is damaged, or "
