@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput
 
 from t5slim import HubAccessError, SlimT5Encoder
-from t5slim.distill import DistillConfig, VelocityGap, report, train, trainer
+from t5slim.distill import DistillConfig, VelocityGap, loop, report, train
 from t5slim.distill.samples import Samples, side_by_side
 from t5slim.distill.tracking import CLOCK_SCALARS, SCALARS
 from t5slim.distill.walk import teacher_of
@@ -201,7 +201,7 @@ def test_the_bars_eta_is_true_to_max_seconds(monkeypatch: pytest.MonkeyPatch) ->
             totals.append(self.total)
             return super().update(n)
 
-    monkeypatch.setattr(trainer, "tqdm", Bar)
+    monkeypatch.setattr(loop, "tqdm", Bar)
     result = train(
         tiny_flux(), tiny_student(tiny_flux()), PROMPTS[:4],
         config(max_steps=10**6, max_seconds=1.0, eval_every=1),
@@ -220,7 +220,7 @@ def test_the_bar_shows_the_loss_before_an_evaluation(monkeypatch: pytest.MonkeyP
             shown.append(self.postfix)
             return super().update(n)
 
-    monkeypatch.setattr(trainer, "tqdm", Bar)
+    monkeypatch.setattr(loop, "tqdm", Bar)
     run(tiny_flux(), None, eval_every=100, max_steps=3)
     assert len(shown) == 3 and float(shown[0].removeprefix("loss=")) > 0
     assert "gap=" in shown[2]
