@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .walk import DENOISERS
 
+_WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # of whatever it decorates
+
 
 def cpu_attention(
     device: torch.device, autocast_dtype: torch.dtype | None
@@ -39,16 +41,23 @@ def evaluating(student: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(pipe: Any, gradient_checkpointing: bool) -> Iterator[None]:
-    """Nothing in the pipeline gets a gradient or drops out; afterwards it is set as it was."""
+    """Nothing in the pipeline gets a gradient or drops out; afterwards it is set as it was.
+
+    Parts of a denoiser that have a method without gradients are in training mode: HiDream's experts
+    answer by one in eval mode, and the student would learn nothing of what passes through them.
+    """
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     grads = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     modes = [(part, part.training) for module in modules for part in module.modules()]
-    denoisers = [getattr(pipe, name, None) for name in DENOISERS] if gradient_checkpointing else []
-    switched = [d for d in denoisers if d is not None and not d.is_gradient_checkpointing]
+    denoisers = [d for name in DENOISERS if (d := getattr(pipe, name, None)) is not None]
+    switched = [d for d in denoisers if gradient_checkpointing and not d.is_gradient_checkpointing]
     for parameter, _ in grads:
         parameter.requires_grad_(False)
     for part, _ in modes:
         part.training = False
+    for part in (part for denoiser in denoisers for part in denoiser.modules()):
+        methods = vars(type(part)).values()
+        part.training = any(getattr(m, "__code__", None) is _WITHOUT_GRAD for m in methods)
     for denoiser in switched:
         denoiser.enable_gradient_checkpointing()
     try:
