@@ -32,7 +32,7 @@ from shapes_world.train import DEVICE, Data
 
 CAPTIONS = 12_000  # of training, as `train.CAPTIONS`
 CLIP_WIDTHS = (32, 48)
-STEPS = {"clip": 200, "denoiser": 2000}
+STEPS = {"clip": 200, "denoiser": 1600}
 
 
 def make_clip(width: int, seed: int) -> CLIPTextModelWithProjection:
