@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from typing import Any, TypeGuard
@@ -81,7 +82,8 @@ def check_compatible(config: SlimT5Config, pipe: Any) -> None:
         pipe: A `DiffusionPipeline`. A component that it was loaded without isn't asked.
 
     Raises:
-        IncompatibleStudentError: They differ.
+        IncompatibleStudentError: They differ; or the pipeline takes `config.d_model` for the width
+            of the rows, and it isn't.
         NoT5SlotError: The pipeline has no T5.
     """
     cls = type(pipe).__name__
@@ -103,3 +105,18 @@ def check_compatible(config: SlimT5Config, pipe: Any) -> None:
             f"the denoiser of this {cls} takes {width}. Pass a student that was made for it: "
             f"t5slim.SlimT5Encoder.from_t5(..., projection_dim={width}), then t5slim.distill.train."
         )
+    if config.d_model != config.project_out_dim and _reads_d_model(type(pipe)):
+        width = config.project_out_dim
+        raise IncompatibleStudentError(
+            f"{cls} takes config.d_model for the width of its T5's rows, and fills zeros of that "
+            f"width in. Of this student it is {config.d_model}, and its rows have {width}. Pass a "
+            f"student with fewer layers and as wide as its rows: SlimT5Config(d_model={width}, "
+            f"project_out_dim={width}, num_layers=4, vocab_size={config.vocab_size})."
+        )
+
+
+def _reads_d_model(cls: type) -> bool:
+    """Whether a pipeline's own code says `d_model`, as HunyuanImage's and HunyuanVideo-1.5's do."""
+    members = (member for base in cls.__mro__ for member in vars(base).values())
+    functions = (inspect.unwrap(getattr(member, "__func__", member)) for member in members)
+    return any("d_model" in f.__code__.co_names for f in functions if inspect.isfunction(f))

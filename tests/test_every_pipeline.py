@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from test_slot import every_pipeline_class
-from tiny import PROMPTS
+from tiny import PROMPTS, tiny_student
 from zoo import CASES, NOT_COVERED
 from zoo.facts import measure
 from zoo.umt5 import wan
 
-from t5slim import DistillError, NoT5SlotError
+from t5slim import DistillError, IncompatibleStudentError, NoT5SlotError, patch_pipeline
 from t5slim.distill import capture
 from t5slim.distill.replay import predict, split_walk
 from t5slim.distill.states import frozen
@@ -100,3 +100,12 @@ def test_a_cache_between_the_chunks_of_a_video_is_refused() -> None:
     case = CASES["AnyFlowFARPipeline"]
     with pytest.raises(DistillError, match="chunk_partition"):
         capture(case.pipe(), case.texts, pipeline_kwargs=case.call() | {"chunk_partition": [1, 1]})
+
+
+def test_students_of_another_width_than_their_rows() -> None:
+    """HunyuanImage would join zeros as wide as `config.d_model` to the rows of quotations."""
+    pipe = CASES["HunyuanImagePipeline"].pipe()
+    teacher = pipe.text_encoder_2
+    with pytest.raises(IncompatibleStudentError, match=r"HunyuanImagePipeline .*is 16, .*have 32"):
+        patch_pipeline(pipe, tiny_student(pipe))
+    assert pipe.text_encoder_2 is teacher
