@@ -142,7 +142,7 @@ def _check_same_arguments(recorded: DenoiserCall, name: str, kwargs: dict[str, A
         return map_tensors(tree, lambda path, tensor: path)
 
     if name != recorded.denoiser or plain(kwargs) != plain(recorded.kwargs):
-        raise NotAGather("the denoiser's arguments, beside its tensors, depend on T5's output")
+        raise NotAGather("the denoiser's arguments, beside its tensors, aren't the same each time")
 
 
 def _trace_batch_dims(pipe: Any, walk: Walk) -> list[dict[Path, int | None]]:

@@ -327,6 +327,7 @@ CASES = [
         glm_image,
         lambda: CALL | {"prior_token_ids": torch.arange(32).view(2, 16) % 16},
         route="fallback",
+        why="beside its tensors",  # a cache of keys and values, made anew for each call
         prompts=QUOTED,
     ),
     Case("HiDreamImagePipeline", hidream, lambda: CALL | {"max_sequence_length": MAX_TOKENS}),
