@@ -4,26 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AnyFlowFARTransformer3DModel,
-    AnyFlowTransformer3DModel,
-    AutoencoderKLWan,
-    ChronoEditTransformer3DModel,
-    DiffusionPipeline,
-    FlowMapEulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeliosScheduler,
-    HeliosTransformer3DModel,
-    ModelMixin,
-    SkyReelsV2Transformer3DModel,
-    UniPCMultistepScheduler,
-    WanAnimateTransformer3DModel,
-    WanTransformer3DModel,
-    WanVACETransformer3DModel,
-)
+from diffusers import DiffusionPipeline
 from tiny import TEXT_WIDTH, _finish, t5_tokenizer, umt5_encoder
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from .case import Case
 from .video import call, frames
@@ -38,24 +23,27 @@ IMAGE_SHAPE = SHAPE | {"in_channels": 36, "image_dim": 4}
 
 def wan(
     cls: type[DiffusionPipeline],
-    denoiser: type[ModelMixin] = WanTransformer3DModel,
+    denoiser: str = "WanTransformer3DModel",
     *,
     scheduler: Any = None,
     experts: int = 1,
     **shape: Any,
 ) -> DiffusionPipeline:
-    """`experts`: Wan 2.2 has a second denoiser for the later timesteps."""
+    """`denoiser`: its class, by name, since older versions of diffusers don't have all of them.
+
+    `experts`: Wan 2.2 has a second denoiser for the later timesteps.
+    """
     torch.manual_seed(0)
     shape = SHAPE | shape
     components: dict[str, Any] = {
         "tokenizer": t5_tokenizer(),
         "text_encoder": umt5_encoder(),
-        "vae": AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        "scheduler": scheduler or FlowMatchEulerDiscreteScheduler(shift=7.0),
-        "transformer": denoiser(**shape),
+        "vae": diffusers.AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        "scheduler": scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "transformer": getattr(diffusers, denoiser)(**shape),
     }
     if shape.get("image_dim"):
-        components["image_processor"] = CLIPImageProcessorPil(size=4, crop_size=4)
+        components["image_processor"] = CLIPImageProcessor(size=4, crop_size=4)
         components["image_encoder"] = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=4, num_hidden_layers=2, num_attention_heads=2, image_size=4,
@@ -63,15 +51,18 @@ def wan(
             )
         )  # fmt: skip
     if experts == 2:
-        components |= {"transformer_2": denoiser(**shape), "boundary_ratio": 0.9}
+        components |= {
+            "transformer_2": getattr(diffusers, denoiser)(**shape),
+            "boundary_ratio": 0.9,
+        }
     return _finish(cls(**components))
 
 
 def skyreels(cls: type[DiffusionPipeline], **shape: Any) -> DiffusionPipeline:
-    scheduler = UniPCMultistepScheduler(
+    scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
     )
-    return wan(cls, SkyReelsV2Transformer3DModel, scheduler=scheduler, **shape)
+    return wan(cls, "SkyReelsV2Transformer3DModel", scheduler=scheduler, **shape)
 
 
 def from_text() -> dict[str, Any]:
@@ -96,7 +87,7 @@ CASES = [
     Case("WanVideoToVideoPipeline", wan, lambda: call(video=frames(5, 16))),
     Case(
         "WanVACEPipeline",
-        lambda cls: wan(cls, WanVACETransformer3DModel, vace_layers=[0], vace_in_channels=96),
+        lambda cls: wan(cls, "WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=96),
         lambda: call(
             num_frames=5, video=frames(5, 16), mask=frames(5, 16), reference_images=frames(1, 16)[0]
         ),
@@ -108,7 +99,7 @@ CASES = [
         "WanAnimatePipeline",
         lambda cls: wan(
             cls,
-            WanAnimateTransformer3DModel,
+            "WanAnimateTransformer3DModel",
             **IMAGE_SHAPE,
             motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
             motion_encoder_size=16,
@@ -133,18 +124,24 @@ CASES = [
     ),
     Case(
         "ChronoEditPipeline",
-        lambda cls: wan(cls, ChronoEditTransformer3DModel, **IMAGE_SHAPE),
+        lambda cls: wan(cls, "ChronoEditTransformer3DModel", **IMAGE_SHAPE),
         from_image,
     ),
     Case(
         "AnyFlowPipeline",
-        lambda cls: wan(cls, AnyFlowTransformer3DModel, scheduler=FlowMapEulerDiscreteScheduler()),
+        lambda cls: wan(
+            cls,
+            "AnyFlowTransformer3DModel",
+            scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
+        ),
         from_text,
     ),
     Case(
         "AnyFlowFARPipeline",
         lambda cls: wan(
-            cls, AnyFlowFARTransformer3DModel, scheduler=FlowMapEulerDiscreteScheduler()
+            cls,
+            "AnyFlowFARTransformer3DModel",
+            scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
         ),
         lambda: call(num_frames=5, chunk_partition=[2]),  # one chunk; see first_tensor
     ),
@@ -152,9 +149,11 @@ CASES = [
         "HeliosPipeline",
         lambda cls: wan(
             cls,
-            HeliosTransformer3DModel,
+            "HeliosTransformer3DModel",
             rope_dim=(4, 4, 4),
-            scheduler=HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True),
+            scheduler=diffusers.HeliosScheduler(
+                stage_range=[0, 1], stages=1, use_dynamic_shifting=True
+            ),
         ),
         lambda: call(num_frames=10, num_latent_frames_per_chunk=2),  # two chunks
     ),
@@ -162,10 +161,10 @@ CASES = [
         "HeliosPyramidPipeline",
         lambda cls: wan(
             cls,
-            HeliosTransformer3DModel,
+            "HeliosTransformer3DModel",
             rope_dim=(4, 4, 4),
             # With its default `gamma`, 1/3, the covariance of its noise is singular to float32.
-            scheduler=HeliosScheduler(
+            scheduler=diffusers.HeliosScheduler(
                 stages=2, stage_range=[0, 0.5, 1], use_dynamic_shifting=True, gamma=0.3
             ),
         ),

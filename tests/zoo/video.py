@@ -4,32 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers  # not its classes: older versions don't have all of them
 import numpy as np
 import torch
-from diffusers import (
-    AllegroTransformer3DModel,
-    AutoencoderKLAllegro,
-    AutoencoderKLCogVideoX,
-    AutoencoderKLCosmos,
-    AutoencoderKLHunyuanVideo15,
-    AutoencoderKLMochi,
-    AutoencoderKLWan,
-    ClassifierFreeGuidance,
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    CogVideoXTransformer3DModel,
-    ConsisIDTransformer3DModel,
-    CosmosTransformer3DModel,
-    DDIMScheduler,
-    DiffusionPipeline,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideo15Transformer3DModel,
-    LatteTransformer3DModel,
-    LTXEulerAncestralRFScheduler,
-    MochiTransformer3DModel,
-    ModelMixin,
-)
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 from PIL import Image
@@ -49,7 +27,7 @@ from transformers import (
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
-    SiglipImageProcessorPil,
+    SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -82,15 +60,15 @@ def allegro(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
     return _finish(
         cls(
             **text(),
-            vae=AutoencoderKLAllegro(
+            vae=diffusers.AutoencoderKLAllegro(
                 block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1,
                 norm_num_groups=2,
             ),
-            transformer=AllegroTransformer3DModel(
+            transformer=diffusers.AllegroTransformer3DModel(
                 num_attention_heads=2, attention_head_dim=12, num_layers=1, cross_attention_dim=24,
                 caption_channels=TEXT_WIDTH, sample_width=2, sample_height=2, sample_frames=2,
             ),
-            scheduler=DDIMScheduler(),
+            scheduler=diffusers.DDIMScheduler(),
         )
     )  # fmt: skip
 
@@ -101,13 +79,13 @@ def latte(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
         cls(
             **text(),
             vae=autoencoder(4),
-            transformer=LatteTransformer3DModel(
+            transformer=diffusers.LatteTransformer3DModel(
                 sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8,
                 num_attention_heads=3, caption_channels=TEXT_WIDTH, in_channels=4, out_channels=8,
                 cross_attention_dim=24, attention_bias=True, norm_type="ada_norm_single",
                 norm_elementwise_affine=False, norm_eps=1e-6, video_length=2,
             ),
-            scheduler=DDIMScheduler(),
+            scheduler=diffusers.DDIMScheduler(),
         )
     )  # fmt: skip
 
@@ -123,16 +101,16 @@ def mochi(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
     return _finish(
         cls(
             **text(),
-            vae=AutoencoderKLMochi(
+            vae=diffusers.AutoencoderKLMochi(
                 encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
                 layers_per_block=(1, 1, 1, 1, 1),
             ),
-            transformer=MochiTransformer3DModel(
+            transformer=diffusers.MochiTransformer3DModel(
                 num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=12,
                 pooled_projection_dim=16, text_embed_dim=TEXT_WIDTH, time_embed_dim=4,
                 max_sequence_length=MAX_TOKENS,
             ),
-            scheduler=FlowMatchEulerDiscreteScheduler(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
             force_zeros_for_empty_prompt=True,  # as published: the ids of "" are zeros, masked out
         )
     )  # fmt: skip
@@ -141,8 +119,8 @@ def mochi(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
 # --- CogVideoX, ConsisID ---
 
 
-def cogvideox_vae() -> AutoencoderKLCogVideoX:
-    return AutoencoderKLCogVideoX(
+def cogvideox_vae() -> ModelMixin:
+    return diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2
     )
 
@@ -164,10 +142,10 @@ def cogvideox(
         cls(
             **text(),
             vae=cogvideox_vae(),
-            transformer=CogVideoXTransformer3DModel(
+            transformer=diffusers.CogVideoXTransformer3DModel(
                 **COGVIDEOX_SHAPE | changes, in_channels=8 if conditioned else 4
             ),
-            scheduler=CogVideoXDDIMScheduler(),
+            scheduler=diffusers.CogVideoXDDIMScheduler(),
         )
     )
 
@@ -178,14 +156,14 @@ def consisid(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
         cls(
             **text(),
             vae=cogvideox_vae(),
-            transformer=ConsisIDTransformer3DModel(
+            transformer=diffusers.ConsisIDTransformer3DModel(
                 **COGVIDEOX_SHAPE, in_channels=8, use_learned_positional_embeddings=True,
                 is_train_face=True, cross_attn_interval=1, cross_attn_dim_head=4,
                 cross_attn_num_heads=1, LFE_id_dim=2, LFE_vit_dim=2, LFE_depth=1, LFE_dim_head=4,
                 LFE_num_heads=1, LFE_num_id_token=1, LFE_num_querie=1, LFE_output_dim=21,
                 LFE_ff_mult=1, LFE_num_scale=1,
             ),
-            scheduler=CogVideoXDPMScheduler(),
+            scheduler=diffusers.CogVideoXDPMScheduler(),
         )
     )  # fmt: skip
 
@@ -216,27 +194,29 @@ def cosmos(
     """`conditioned`: a channel says which frames are given. `second`: Cosmos-Predict2."""
     torch.manual_seed(0)
     channels = 16 if second else 4
-    vae: Any = AutoencoderKLCosmos(
+    vae: Any = diffusers.AutoencoderKLCosmos(
         latent_channels=4, encoder_block_out_channels=(4, 4, 4, 4), num_layers=1,
         decode_block_out_channels=(4, 4, 4, 4), attention_resolutions=(8,), resolution=64,
         spatial_compression_ratio=4, temporal_compression_ratio=4, latents_mean=None,
         latents_std=None,
     )  # fmt: skip
+    scheduler: Any = diffusers.EDMEulerScheduler(
+        sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min"
+    )
     if second:
-        vae = AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+        vae = diffusers.AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     return _finish(
         cls(
             **text(),
             vae=vae,
-            transformer=CosmosTransformer3DModel(
+            transformer=diffusers.CosmosTransformer3DModel(
                 in_channels=channels + conditioned, out_channels=channels, num_attention_heads=2,
                 attention_head_dim=16, num_layers=1, mlp_ratio=2, text_embed_dim=TEXT_WIDTH,
                 adaln_lora_dim=4, max_size=(4, 32, 32),
                 concat_padding_mask=False,  # which would be resized with torchvision
             ),
-            scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
-            if second
-            else EDMEulerScheduler(sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min"),
+            scheduler=scheduler,
             safety_checker=SafetyChecker(),
         )
     )  # fmt: skip
@@ -257,7 +237,7 @@ def hunyuan_video_15(cls: type[DiffusionPipeline], image: bool = False) -> Diffu
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     more: dict[str, Any] = {}
     if image:
-        more["feature_extractor"] = SiglipImageProcessorPil(size={"height": 8, "width": 8})
+        more["feature_extractor"] = SiglipImageProcessor(size={"height": 8, "width": 8})
         more["image_encoder"] = SiglipVisionModel(
             SiglipVisionConfig(
                 hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -278,19 +258,19 @@ def hunyuan_video_15(cls: type[DiffusionPipeline], image: bool = False) -> Diffu
         tokenizer=tokenizer,
         text_encoder_2=t5_encoder(vocab_size=len(ByT5Tokenizer())),
         tokenizer_2=ByT5Tokenizer(),
-        vae=AutoencoderKLHunyuanVideo15(
+        vae=diffusers.AutoencoderKLHunyuanVideo15(
             latent_channels=4, block_out_channels=(16, 16), layers_per_block=1,
             spatial_compression_ratio=4, temporal_compression_ratio=2,
             downsample_match_channel=False, upsample_match_channel=False,
         ),
-        transformer=HunyuanVideo15Transformer3DModel(
+        transformer=diffusers.HunyuanVideo15Transformer3DModel(
             in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8,
             num_layers=1, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=16,
             text_embed_2_dim=TEXT_WIDTH, image_embed_dim=16, rope_axes_dim=(2, 2, 4),
             target_size=16,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
         **more,
     )  # fmt: skip
     # Lengths that aren't in the components' configs.
@@ -370,7 +350,7 @@ CASES = [
     Case("LTXConditionPipeline", ltx, lambda: ltx_call(image=frames(1, 32)[0])),
     Case(
         "LTXI2VLongMultiPromptPipeline",
-        lambda cls: ltx(cls, scheduler=LTXEulerAncestralRFScheduler()),
+        lambda cls: ltx(cls, scheduler=diffusers.LTXEulerAncestralRFScheduler()),
         # A window of the video for each prompt.
         lambda: ltx_call(
             cond_image=frames(1, 32)[0], num_frames=33, temporal_tile_size=24, temporal_overlap=8
