@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import DistillError
+
 Path = tuple[Any, ...]  # keys and indices that lead to a tensor, such as ("added_cond_kwargs", "x")
 
 
@@ -47,8 +49,19 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The prediction in what a denoiser returned: a tensor, a tuple, or diffusers' output class."""
-    return output if isinstance(output, Tensor) else output[0]
+    """The prediction in what a denoiser returned: a tensor, a tuple, or diffusers' output class.
+
+    Raises:
+        DistillError: there is none.
+    """
+    tensor = output if isinstance(output, Tensor) else output[0]
+    if tensor is None:
+        raise DistillError(
+            "the denoiser was called to fill a cache and not for a prediction, as AnyFlow-FAR does "
+            "between the chunks of a video: what follows can't be replayed. Let the pipeline make "
+            "its video in one chunk (chunk_partition)."
+        )
+    return tensor
 
 
 def with_first_tensor(output: Any, tensor: Tensor) -> Any:
