@@ -7,6 +7,10 @@ r"""Distil a student for the miniature pipeline, from a fresh start, through its
     python examples/distill_shapes.py --pipeline examples/shapes_world/sd3 \
         --start examples/shapes_world/student --out my-sd3-student
 
+    # one student for both
+    python examples/distill_shapes.py --pipeline examples/shapes_world/pipeline \
+        examples/shapes_world/sd3 --out my-joint-student
+
 Only prompts are needed: the pipeline itself is the teacher.
 """
 
@@ -44,12 +48,20 @@ def main() -> None:
     """Distil, and say where the student is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="the folder of FLUX or SD3")
+    parser.add_argument(
+        "--pipeline", type=Path, nargs="+", default=[PIPELINE], help="folders, of FLUX, SD3 or both"
+    )
     parser.add_argument("--start", type=Path, help="a student to go on from")
     parser.add_argument("--minutes", type=float, default=17, help="of training")
+    parser.add_argument("--warm-up", type=float, default=0.2, help="share of them for embeddings")
     args = parser.parse_args()
 
-    pipe, student = load_pipeline(args.pipeline), fresh_student()
+    flux = load_pipeline()
+    pipes = [
+        flux if path.resolve() == PIPELINE.resolve() else load_pipeline(path, flux)
+        for path in args.pipeline
+    ]
+    student = fresh_student()
     _, prompts = captions(4000, held_out=False)
     _, eval_prompts = captions(8, held_out=True, seed=1)
     # First the teacher's rows, which ask the denoiser nothing: twenty updates for the price of one.
@@ -59,12 +71,15 @@ def main() -> None:
         student = t5slim.SlimT5Encoder.from_pretrained(args.start, dtype=torch.float32)
     else:
         first = settings(
-            objective="embedding", batch_size=128, learning_rate=2e-3, max_seconds=0.2 * seconds
+            objective="embedding",
+            batch_size=128,
+            learning_rate=2e-3,
+            max_seconds=args.warm_up * seconds,
         )
-        train(pipe, student, prompts, first, pipeline_kwargs=CALL)
-        seconds *= 0.8
+        train(pipes, student, prompts, first, pipeline_kwargs=CALL)
+        seconds *= 1 - args.warm_up
     result = train(
-        pipe,
+        pipes,
         student,
         prompts,
         settings(objective="velocity", max_seconds=seconds),
@@ -72,9 +87,11 @@ def main() -> None:
         eval_prompts=eval_prompts,
         output_dir=args.out,
     )
-    print(f"velocity gap {result.gap:.4f} after {result.steps} updates, {result.seconds:.0f} s")
-    command = f"python examples/quickstart.py --pipeline {args.pipeline} --student {args.out}"
-    print(f"The student is in {args.out}: {command}")
+    gaps = ", ".join(f"{report.gap:.4f}" for report in result.reports)
+    print(f"velocity gap {gaps} after {result.steps} updates, {result.seconds:.0f} s")
+    print(f"The student is in {args.out}:")
+    for path in args.pipeline:
+        print(f"python examples/quickstart.py --pipeline {path} --student {args.out}")
 
 
 def settings(**changes: object) -> DistillConfig:

@@ -38,9 +38,10 @@ CALL = {
 BF16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
 
 
-def load_pipeline(folder: Path = PIPELINE) -> DiffusionPipeline:
-    """A trained pipeline (`PIPELINE`, `SD3`, or a path), in float32, on a GPU if there is one."""
-    shared = {} if (folder / "vae").exists() else shared_parts(load_pipeline())
+def load_pipeline(folder: Path = PIPELINE, flux: FluxPipeline | None = None) -> DiffusionPipeline:
+    """A trained pipeline (`PIPELINE`, `SD3`, or a path), in float32, on a GPU if there is one.
+    SD3 has its T5 and its autoencoder from `flux`, or from a FLUX pipeline of its own."""
+    shared = {} if (folder / "vae").exists() else shared_parts(flux or load_pipeline())
     pipe = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, **shared)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
