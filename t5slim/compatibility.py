@@ -90,8 +90,10 @@ def check_compatible(config: SlimT5Config, pipe: Any) -> None:
     tokenizer_name = find_text_slot(pipe).tokenizer_name
     tokenizer = getattr(pipe, tokenizer_name, None)
     # T5's embeddings are padded to a multiple of 128: 32,128 rows for 32,100 tokens, and 256,384
-    # for UMT5's 256,300. So a vocabulary is recognised by its size, rounded up.
-    if tokenizer is not None and -(-len(tokenizer) // 128) != -(-config.vocab_size // 128):
+    # for UMT5's 256,300. So a vocabulary is recognised by its size, rounded up, with or without the
+    # tokens that a textual inversion added.
+    sizes = () if tokenizer is None else (len(tokenizer), tokenizer.vocab_size)
+    if sizes and all(-(-size // 128) != -(-config.vocab_size // 128) for size in sizes):
         raise IncompatibleStudentError(
             f"the student has a vocabulary of {config.vocab_size:,}, and {tokenizer_name} of this "
             f"{cls} ({type(tokenizer).__name__}) one of {len(tokenizer):,}: the student would read "

@@ -16,6 +16,7 @@ from .loading import load_without_t5
 from .slot import (
     TextSlot,
     check_device_map,
+    compute_dtype,
     denoiser_text_width,
     fill_slot,
     find_text_slot,
@@ -182,8 +183,9 @@ def unpatch_pipeline(pipe: PipelineT, teacher: PreTrainedModel | None = None) ->
     with offload_paused(pipe):
         if teacher is not None:
             teacher.to(student.device)  # type: ignore[arg-type] # transformers' wrapper of `to`
-            if teacher.dtype != student.dtype:  # the pipeline was cast since
-                _cast(teacher, student.dtype)
+            dtype = compute_dtype(student)
+            if compute_dtype(teacher) != dtype:  # the pipeline was cast since
+                _cast(teacher, dtype)
         restore_slot(pipe, slot, teacher, entry)
     vars(pipe).pop("_t5slim_patch", None)
     return pipe
@@ -209,7 +211,7 @@ def _patch(
     if student is None:
         student = published_student(pipe, denoiser_text_width(pipe))
     check_compatible(student_config(student), pipe)
-    dtype = dtype or (pipe if teacher is None else teacher).dtype
+    dtype = dtype or (pipe.dtype if teacher is None else compute_dtype(teacher))
     if isinstance(student, (str, os.PathLike)):
         student = SlimT5Encoder.from_pretrained(student, dtype=dtype)
 
@@ -240,7 +242,8 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     T5's activations overflow there, which `.to(torch.float16)` doesn't know.
     """
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():  # quantized weights aren't
+        # Quantized weights aren't floats, and those under layerwise casting are stored in float8.
+        if parameter.is_floating_point() and parameter.element_size() > 1:
             keep = dtype == torch.float16 and ".wo." in name
             parameter.data = parameter.data.to(torch.float32 if keep else dtype)
 
@@ -251,7 +254,7 @@ def _reload(slot: TextSlot, teacher: PreTrainedModel | None, home: str | None) -
     where = repr(name)
     if not name or os.path.basename(name) == slot.name:  # it came with the pipeline
         where = f"{home or '<folder or Hub id>'!r}, subfolder={slot.name!r}"
-    dtype = "" if teacher is None else f", dtype={teacher.dtype}"
+    dtype = "" if teacher is None else f", dtype={compute_dtype(teacher)}"
     return f"transformers.AutoModelForTextEncoding.from_pretrained({where}{dtype})"
 
 

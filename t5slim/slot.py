@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import nn
 
@@ -130,8 +131,8 @@ def fill_slot(pipe: Any, slot: TextSlot, module: nn.Module | None) -> None:
     and are there when it comes back.
     """
     host = getattr(pipe, slot.name)
-    hooks = _group_offload_hooks(host)
-    if hooks and module is not None and not _group_offload_hooks(module):
+    hooks = _hooks(host, "group_offloading")
+    if hooks and module is not None and not _hooks(module, "group_offloading"):
         _apply_group_offload(module, hooks[0].config)
     with offload_paused(pipe):
         if is_modular(pipe):
@@ -165,9 +166,12 @@ def restore_slot(
         if spec is not None:
             pipe._component_specs[slot.name] = spec
     for part in guest.modules():
-        registry = part.__dict__.pop("_diffusers_hook", None)
+        registry = getattr(part, "_diffusers_hook", None)
         for name in list(registry.hooks) if registry is not None else ():
-            registry.remove_hook(name, recurse=False)
+            if name != "layerwise_casting":  # the guest's own, and diffusers can't take it off
+                registry.remove_hook(name, recurse=False)
+        if registry is not None and not registry.hooks:
+            del part._diffusers_hook
 
 
 def free_memory() -> None:
@@ -215,12 +219,11 @@ def offload_paused(pipe: Any) -> Iterator[None]:
         enable(device=pipe._offload_device)
 
 
-def _group_offload_hooks(module: nn.Module | None) -> list[Any]:
+def _hooks(module: nn.Module | None, name: str) -> list[Any]:
+    """The hooks of diffusers with this name on a module and its parts."""
     parts = [] if module is None else module.modules()
     registries = [getattr(part, "_diffusers_hook", None) for part in parts]
-    hooks = [
-        registry.get_hook("group_offloading") for registry in registries if registry is not None
-    ]
+    hooks = [registry.get_hook(name) for registry in registries if registry is not None]
     return [hook for hook in hooks if hook is not None]
 
 
@@ -240,6 +243,12 @@ def _apply_group_offload(module: nn.Module, config: Any) -> None:
         # Not to config.offload_to_disk_path: diffusers names files by layer and overwrites none, so
         # a second student would silently run with the weights of the first.
     )
+
+
+def compute_dtype(module: Any) -> torch.dtype:
+    """The dtype that a module computes in: layerwise casting may store its weights in float8."""
+    hooks = _hooks(module, "layerwise_casting")
+    return hooks[0].compute_dtype if hooks else module.dtype
 
 
 def is_modular(pipe: Any) -> bool:

@@ -48,8 +48,8 @@ def check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:
     if not isinstance(student, SlimT5Encoder):
         raise DistillError(
             f"student is a {type(student).__name__}; expected a SlimT5Encoder. To make one of a "
-            "small T5, see SlimT5Encoder.from_t5. One is compiled for training with "
-            "student.compile(), and given a LoRA with student.add_adapter(...)."
+            "small T5, see SlimT5Encoder.from_t5. To compile one, call student.compile(); "
+            "to give it a LoRA, peft.inject_adapter_in_model(config, student)."
         )
     check_student(pipe, student)
     check_no_cache(pipe)
