@@ -74,9 +74,9 @@ def flux_folder(tmp_path_factory):
     return folder
 
 
-def paint(pipe, prompt=PROMPTS[1]) -> torch.Tensor:
+def paint(pipe, prompt=PROMPTS[1], **kwargs) -> torch.Tensor:
     """The final latents: all that a text encoder can change."""
-    kwargs = call_kwargs(pipe) | {"output_type": "latent", "return_dict": True}
+    kwargs = call_kwargs(pipe) | {"output_type": "latent", "return_dict": True} | kwargs
     output = pipe(prompt, generator=torch.Generator().manual_seed(0), **kwargs)
     return next(iter(output.values()))
 
