@@ -21,6 +21,7 @@ from t5slim.distill import capture
 from t5slim.distill.replay import predict, split_walk
 from t5slim.distill.states import frozen
 from t5slim.distill.teacher import PromptTable
+from t5slim.distill.trace import NotAGather, trace
 from t5slim.slot import find_text_slot
 
 TABLE = Path(__file__).parents[1] / "docs" / "pipelines.md"
@@ -109,3 +110,14 @@ def test_students_of_another_width_than_their_rows() -> None:
     with pytest.raises(IncompatibleStudentError, match=r"HunyuanImagePipeline .*is 16, .*have 32"):
         patch_pipeline(pipe, tiny_student(pipe))
     assert pipe.text_encoder_2 is teacher
+
+
+def test_interrupted_pipelines_get_their_attention_back() -> None:
+    """Perturbed-attention guidance sets other processors for a call; tracing ends that early."""
+    case = CASES["PixArtSigmaPAGPipeline"]
+    pipe = case.pipe()
+    before = pipe.transformer.attn_processors
+    walk = capture(pipe, case.texts, pipeline_kwargs=case.call())
+    with pytest.raises(NotAGather, match="attention"):
+        trace(pipe, walk)
+    assert pipe.transformer.attn_processors == before
