@@ -172,12 +172,13 @@ def fit(
                 parameter.copy_(saved[f"model.{key}"])
                 state[f"ema.{key}"].copy_(saved[f"ema.{key}"])
         if start:
-            moments = [
-                {k: saved[f"{k}.{key}"] for k in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                i: {k: saved[f"{k}.{key}"] for k in ("exp_avg", "exp_avg_sq")}
                 | {"step": saved["step"].float().cpu()}
-                for key in params
-            ]
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(moments))})
+                for i, key in enumerate(params)
+                if f"exp_avg.{key}" in saved  # not where there is no gradient
+            }
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
     def save(step: int) -> None:
         tensors = (
