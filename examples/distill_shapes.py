@@ -66,8 +66,9 @@ def main() -> None:
     _, eval_prompts = captions(8, held_out=True, seed=1)
     # First the teacher's rows, which ask the denoiser nothing: twenty updates for the price of one.
     # Then what the denoiser makes of them, which is what counts.
-    seconds = args.minutes * 60
+    seconds, rate = args.minutes * 60, 1e-3
     if args.start:
+        rate = 1e-4  # at 1e-3 a finished student first loses what it knows
         student = t5slim.SlimT5Encoder.from_pretrained(args.start, dtype=torch.float32)
     else:
         first = settings(
@@ -82,7 +83,7 @@ def main() -> None:
         pipes,
         student,
         prompts,
-        settings(objective="velocity", max_seconds=seconds),
+        settings(objective="velocity", learning_rate=rate, max_seconds=seconds),
         pipeline_kwargs=CALL,
         eval_prompts=eval_prompts,
         output_dir=args.out,
