@@ -88,7 +88,7 @@ def check_compatible(config: SlimT5Config, pipe: Any) -> None:
     """
     cls = type(pipe).__name__
     tokenizer_name = find_text_slot(pipe).tokenizer_name
-    tokenizer = getattr(pipe, tokenizer_name, None)
+    tokenizer: Any = getattr(pipe, tokenizer_name, None)
     # T5's embeddings are padded to a multiple of 128: 32,128 rows for 32,100 tokens, and 256,384
     # for UMT5's 256,300. So a vocabulary is recognised by its size, rounded up, with or without the
     # tokens that a textual inversion added.

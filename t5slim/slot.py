@@ -166,12 +166,13 @@ def restore_slot(
         if spec is not None:
             pipe._component_specs[slot.name] = spec
     for part in guest.modules():
-        registry = getattr(part, "_diffusers_hook", None)
-        for name in list(registry.hooks) if registry is not None else ():
-            if name != "layerwise_casting":  # the guest's own, and diffusers can't take it off
-                registry.remove_hook(name, recurse=False)
-        if registry is not None and not registry.hooks:
-            del part._diffusers_hook
+        registry: Any = getattr(part, "_diffusers_hook", None)
+        if registry is not None:
+            for name in list(registry.hooks):
+                if name != "layerwise_casting":  # the guest's own, and diffusers can't take it off
+                    registry.remove_hook(name, recurse=False)
+            if not registry.hooks:
+                del part._diffusers_hook
 
 
 def free_memory() -> None:

@@ -35,3 +35,21 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     with local_hub.serve(PORT) as server:
         yield server
+
+
+@pytest.fixture
+def cpu_as_accelerator(monkeypatch):
+    """For offload: diffusers numbers its device, and a `cpu:0` isn't equal to a `cpu`.
+
+    And before 0.41 its group offload asks for the accelerator, where there is none.
+    """
+    import accelerate
+    import torch
+
+    real = accelerate.cpu_offload
+    monkeypatch.setattr(
+        accelerate,
+        "cpu_offload",
+        lambda model, device, **kwargs: real(model, torch.device(device.type), **kwargs),
+    )
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))

@@ -27,7 +27,7 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
 )
 from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
-from test_patch import GROUP, OFFLOADS, cpu_as_accelerator, paint, state, t5_of  # noqa: F401
+from test_patch import OFFLOADS, paint, state
 from tiny import MAX_TOKENS, PROMPTS, TEXT_WIDTH, call_kwargs, tiny_flux, tiny_sd3, tiny_student
 
 from t5slim import (

@@ -8,7 +8,6 @@ import re
 import weakref
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
 import transformers
@@ -52,19 +51,7 @@ OFFLOADS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cpu_as_accelerator(monkeypatch):
-    """diffusers numbers the device of sequential offload, and a `cpu:0` isn't equal to a `cpu`.
-
-    And before 0.41 its group offload asks for the accelerator, where there is none.
-    """
-    real = accelerate.cpu_offload
-    monkeypatch.setattr(
-        accelerate,
-        "cpu_offload",
-        lambda model, device, **kwargs: real(model, torch.device(device.type), **kwargs),
-    )
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("cpu_as_accelerator")
 
 
 @pytest.fixture(scope="module")

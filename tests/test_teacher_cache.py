@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_patch import OFFLOADS, cpu_as_accelerator  # noqa: F401
+from test_patch import OFFLOADS
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_student
 from transformers import T5Config, T5EncoderModel
 
@@ -36,6 +36,8 @@ from t5slim.distill.teacher import PromptTable, encode_alike, prompt_keys
 from t5slim.distill.walk import teacher_of
 from t5slim.errors import DistillError
 from t5slim.slot import find_text_slot
+
+pytestmark = pytest.mark.usefixtures("cpu_as_accelerator")
 
 NEGATIVE = {"sd3": "a blue sign", "pixart_sigma": "large"}
 TESTS = Path(__file__).parent

@@ -1,0 +1,69 @@
+"""What the documentation says is so."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+# Of diffusers, transformers and torch, and what has no message.
+OTHERS = re.compile(
+    r"^t5slim\.encoder is not one|^Pipeline … expected|_execution_device|^mat1 and mat2|^'NoneType'"
+    r"|^The following part|^Token indices|^Loaded embeddings|^You are trying|^It seems like"
+    r"|^Expected all tensors|^CUDA out of memory|^expected m1 and m2"
+)
+
+
+def literal_text(node: ast.AST) -> str:
+    """The strings in an expression, `…` for what is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.FormattedValue):
+        return "…"
+    return "".join(literal_text(child) for child in ast.iter_child_nodes(node))
+
+
+def written_messages() -> str:
+    """All strings of t5slim, the parts of each joined as Python joins them."""
+    trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "t5slim").rglob("*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return "\n".join(
+        literal_text(node) for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr))
+    )
+
+
+@pytest.fixture(scope="module")
+def messages() -> str:
+    return written_messages()
+
+
+HEADINGS = [
+    heading for heading in re.findall(r"^### `(.*?)`", PAGE, re.M) if not OTHERS.search(heading)
+]
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_messages_of_ours_are_raised(heading, messages):
+    parts = [re.escape(part.strip()) for part in heading.split("…") if part.strip()]
+    assert re.search(".*".join(parts), messages), heading
+
+
+@pytest.mark.parametrize("page", ["living", "troubleshooting"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([\w.-]+\.md)", (ROOT / "docs" / f"{page}.md").read_text()):
+        assert (ROOT / "docs" / target).is_file(), target
+
+
+def test_every_row_of_living_names_its_tests():
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", (ROOT / "docs" / "living.md").read_text(), re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 16))
+    known = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for _, tests in rows:
+        names = re.findall(r"`(test_\w+)`", tests)
+        assert names
+        for name in names:
+            assert f"def {name}(" in known, name
