@@ -24,6 +24,7 @@ from diffusers import (
     FirstBlockCacheConfig,
     FluxImg2ImgPipeline,
     FluxPipeline,
+    FluxTransformer2DModel,
     PyramidAttentionBroadcastConfig,
 )
 from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
@@ -657,6 +658,15 @@ def test_attention_settings(patched_latents):
     assert torch.equal(paint(pipe), patched_latents)
     pipe.remove_all_hooks()
     assert torch.equal(paint(pipe), patched_latents)
+
+
+def test_distillation_of_what_was_loaded_from_a_path_object(flux_folder, tmp_path):
+    """diffusers keeps the Path as it came, in the configs of which a run writes the names down."""
+    denoiser = FluxTransformer2DModel.from_pretrained(flux_folder, subfolder="transformer")
+    pipe = FluxPipeline.from_pretrained(flux_folder, transformer=denoiser)
+    config = DistillConfig(max_steps=1, batch_size=1, objective="embedding")
+    kwargs = {"pipeline_kwargs": call_kwargs(pipe), "output_dir": tmp_path / "run"}
+    assert train(pipe, student(), PROMPTS[:1], config, **kwargs).steps == 1
 
 
 # --- LoRA -------------------------------------------------------------------------------------

@@ -256,9 +256,10 @@ def _pipeline_facts(pipe: Any, pipeline_kwargs: dict[str, Any]) -> dict[str, Any
     teacher: Any = teacher_of(pipe)
     denoisers = (getattr(pipe, name, None) for name in DENOISERS)
     denoiser: Any = next((d for d in denoisers if d is not None), pipe)
+    home = pipe.config.get("_name_or_path")
     return {
         "pipeline": type(pipe).__name__,
-        "pipeline_name_or_path": pipe.config.get("_name_or_path"),
+        "pipeline_name_or_path": None if home is None else os.fspath(home),
         "pipeline_source": _source(denoiser.config.get("_name_or_path")),
         "teacher": type(teacher).__name__,
         "teacher_source": _source(teacher.config.name_or_path),
@@ -295,9 +296,9 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _source(name_or_path: str | None) -> dict[str, str | None]:
+def _source(name_or_path: str | os.PathLike[str] | None) -> dict[str, str | None]:
     """Hub id and commit of what was loaded from there; a folder is nobody's business."""
-    path = (name_or_path or "").replace(os.sep, "/")
+    path = os.fspath(name_or_path or "").replace(os.sep, "/")
     if found := re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})", path):
         return {"name": found[1].replace("--", "/"), "revision": found[2]}
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path)
