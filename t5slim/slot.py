@@ -143,6 +143,9 @@ def fill_slot(pipe: Any, slot: TextSlot, module: nn.Module | None) -> None:
             # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json, and
             # `from_pretrained` would then lose the module that `save_pretrained` wrote.
             pipe.register_modules(**{slot.name: module})
+    for stage in stages(pipe):
+        if getattr(stage, slot.name, stage) is host:
+            stage.register_modules(**{slot.name: module})
 
 
 def slot_entry(pipe: Any, slot: TextSlot) -> tuple[Any, Any]:
@@ -260,6 +263,11 @@ def is_modular(pipe: Any) -> bool:
 def uncompiled(module: Any) -> Any:
     """The module that `torch.compile(module)` wraps; any other module is returned as it is."""
     return getattr(module, "_orig_mod", module)
+
+
+def stages(pipe: Any) -> list[Any]:
+    """The pipelines that a pipeline is made of, with its own components: VisualCloze has two."""
+    return [value for value in vars(pipe).values() if hasattr(value, "register_modules")]
 
 
 def _is_t5(module: object) -> bool:

@@ -128,7 +128,7 @@ def _compare(now: Tensor, then: Tensor, teacher: Tensor, digits: int, path: Path
         is_row[..., None], teacher[source.clamp(0, len(teacher) - 1)].to(now), now
     )
     if not torch.equal(expected, then):
-        raise NotAGather(f"{where} holds T5's rows changed, not copied")
+        raise NotAGather(f"{where} depends on T5's output, and is no copy of its rows")
     return torch.where(is_row, source, -1) if is_row.any() else None
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..slot import find_text_slot, is_modular
+from ..slot import find_text_slot, is_modular, stages
 from .calls import (
     CopyOnce,
     by_name,
@@ -252,6 +252,11 @@ def run_pipeline(
     """
     encoder = teacher_of(pipe)
     check_pipeline_kwargs(pipe, pipeline_kwargs)
+    if not any(isinstance(getattr(pipe, name, None), nn.Module) for name in DENOISERS):
+        raise DistillError(
+            f"{type(pipe).__name__} has no denoiser ({', '.join(DENOISERS)}) to learn from: distil "
+            "with the pipeline that takes its output, and patch both."
+        )
     # Some pipelines take a string for the whole batch and some only a list: all take the list. And
     # some (Wan-VACE) take no batch, nor a list of one: all take a string.
     one = len(prompts) == 1
@@ -408,14 +413,16 @@ def _quiet(pipe: Any) -> Iterator[None]:
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()
-    bar = pipe.__dict__.get("_progress_bar_config")
+    bars = {part: part.__dict__.get("_progress_bar_config") for part in (pipe, *stages(pipe))}
     logging.set_verbosity_error()
-    pipe.set_progress_bar_config(disable=True)
+    for part in bars:
+        part.set_progress_bar_config(disable=True)
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bar is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = bar
+        for part, bar in bars.items():
+            if bar is None:
+                del part._progress_bar_config
+            else:
+                part._progress_bar_config = bar
