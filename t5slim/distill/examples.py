@@ -294,16 +294,16 @@ class Examples:
 
     def _tokenize(self, prompts: list[str]) -> list[int]:
         """Number prompts, tokenized as the pipeline does it."""
-        calls: list[list[int]] = []
+        numbers: list[int] = []
         dtype: Any = teacher_of(self._pipe).dtype
 
         def note(_: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-            calls.append(self._table.numbers(input_ids, attention_mask))
+            numbers.extend(self._table.numbers(input_ids, attention_mask))
             return torch.zeros(*input_ids.shape, self._width, dtype=dtype, device=input_ids.device)
 
         tokenize(self._pipe, prompts, self._kwargs, note)
         # Negative prompts are encoded after the prompts.
-        return calls[0][: len(prompts)]
+        return numbers[: len(prompts)]
 
     def _random(self, *key: Any) -> random.Random:
         return random_of(self._config, *key)

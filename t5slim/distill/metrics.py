@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -151,8 +152,7 @@ class VelocityGap:
                 pipeline_kwargs=pipeline_kwargs, seed=seed + i, encode=self._table.teacher_rows,
             )  # fmt: skip
             self._parts.append(self._part(walk))
-        empty = self._empty_rows
-        self._denominators = self._distances(lambda numbers: empty.expand(len(numbers), -1, -1))
+        self._denominators = self._distances(self._empty_rows)
         if not sum(self._denominators) > 0:
             raise DistillError(
                 "The denoiser predicts the same for these prompts as for an empty one, so that the "
@@ -257,8 +257,8 @@ class VelocityGap:
     # --- prompts ---
 
     def _part(self, walk: Walk) -> _Part:
-        self._empty, self._empty_rows = self._encode_empty_prompt(walk)
-        self._device = self._empty_rows.device
+        self._empty, self._of_empty = self._encode_empty_prompt(walk)
+        self._device = self._of_empty.device
         numbers = {
             number
             for call in walk.slot_calls
@@ -280,9 +280,12 @@ class VelocityGap:
 
     def _teacher_rows(self, numbers: list[int]) -> Tensor:
         """(B, S, D), remembered."""
-        return self._table.teacher_rows(
-            teacher_of(self._pipe), *self._table.batch(numbers, self._device)
-        )
+        return self._table.rows(teacher_of(self._pipe), numbers, self._device)
+
+    def _empty_rows(self, numbers: list[int]) -> Tensor:
+        """(B, S, D), those of the empty prompt for each; it may have less of them."""
+        missing = self._table.batch(numbers, self._device)[0].shape[1] - len(self._of_empty)
+        return F.pad(self._of_empty, (0, 0, 0, missing)).expand(len(numbers), -1, -1)
 
     def _real_tokens(self, numbers: list[int]) -> Tensor:
         """(B, S) bool: where a prompt has a token and no padding."""
@@ -297,6 +300,9 @@ class VelocityGap:
         (S, D).
         """
         call = walk.slot_calls[0]
-        ids, mask = tokenize_empty(self._pipe, call.input_ids, call.attention_mask)
+        ids = call.input_ids
+        if any(other.input_ids.shape[1] != ids.shape[1] for other in walk.slot_calls):
+            ids = ids[:, :1]  # the pipeline doesn't pad, and its empty prompt is the end alone
+        ids, mask = tokenize_empty(self._pipe, ids, call.attention_mask)
         rows = self._table.teacher_rows(teacher_of(self._pipe), ids, mask)
         return self._table.numbers(ids, mask)[0], rows[0]

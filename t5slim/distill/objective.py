@@ -62,8 +62,9 @@ class Objective:
         of_prompt = torch.tensor([places[n] for n in batch.prompts], device=batch.device)
         targets = {}
         for name in _OF_ROWS.keys() & weights.keys():
-            ids, mask = self._table.batch(different, batch.device)
-            targets[name] = self._table.teacher_rows(teacher_of(self._pipe), ids, mask), mask
+            _, mask = self._table.batch(different, batch.device)
+            target = self._table.rows(teacher_of(self._pipe), different, batch.device)
+            targets[name] = target, mask
 
         samples: dict[str, Tensor] = {}
         rows = None

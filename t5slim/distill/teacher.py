@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..slot import find_text_slot
 from .calls import call_encoder
@@ -65,25 +67,41 @@ class PromptTable:
         return list(self._numbers)
 
     def batch(self, numbers: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Ids (B, S) and mask (B, S) or None of the prompts with these numbers."""
-        ids = torch.stack([self._ids[n] for n in numbers]).to(device, torch.int64)
+        """Ids (B, S) and mask (B, S) or None of the prompts with these numbers.
+
+        Bria encodes each prompt by itself and pads none: those are padded here, with a mask.
+        """
+        ids = [self._ids[n] for n in numbers]
         masks = [mask for n in numbers if (mask := self._masks[n]) is not None]
-        return ids, torch.stack(masks).to(device) if masks else None
+        if not masks and len(set(map(len, ids))) > 1:
+            masks = [torch.ones_like(i) for i in ids]
+        padded = pad_sequence(ids, batch_first=True).to(device, torch.int64)
+        return padded, pad_sequence(masks, batch_first=True).to(device) if masks else None
 
     def teacher_rows(
         self, forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         """The teacher's rows for a batch, (B, S, D): remembered, or asked for with `forward`."""
-        numbers = self.numbers(input_ids, attention_mask)
+        return self.rows(forward, self.numbers(input_ids, attention_mask), input_ids.device)
+
+    def rows(
+        self, forward: Callable[..., Any], numbers: Sequence[int], device: torch.device
+    ) -> Tensor:
+        """The same for prompts by number, (B, S, D); those of the shorter ones end with zeros."""
         missing = [n for n in dict.fromkeys(numbers) if n not in self._rows]
-        if missing:
-            rows = encode_alike(forward, *self.batch(missing, input_ids.device))
-            for n, row in zip(missing, rows, strict=True):
+
+        def length(number: int) -> int:
+            return len(self._ids[number])
+
+        for _, alike in groupby(sorted(missing, key=length), length):
+            together = list(alike)
+            rows = encode_alike(forward, *self.batch(together, device))
+            for n, row in zip(together, rows, strict=True):
                 self._rows[n] = row.to("cpu", copy=True)
                 self._bytes += row.nbytes
         for n in numbers:
             self._rows.move_to_end(n)
-        result = torch.stack([self._rows[n] for n in numbers]).to(input_ids.device)
+        result = pad_sequence([self._rows[n] for n in numbers], batch_first=True).to(device)
         while self._bytes > MAX_ROWS_BYTES and len(self._rows) > 1:
             self._bytes -= self._rows.popitem(last=False)[1].nbytes
         return result
