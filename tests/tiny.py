@@ -144,7 +144,7 @@ def autoencoder(latent_channels: int) -> AutoencoderKL:
     )  # fmt: skip
 
 
-def tiny_flux(seed: int = 0, guidance_embeds: bool = True) -> FluxPipeline:
+def tiny_flux(seed: int = 0, guidance_embeds: bool = True, in_channels: int = 16) -> FluxPipeline:
     torch.manual_seed(seed)
     return _finish(
         FluxPipeline(
@@ -155,20 +155,21 @@ def tiny_flux(seed: int = 0, guidance_embeds: bool = True) -> FluxPipeline:
             text_encoder_2=t5_encoder(),
             tokenizer_2=t5_tokenizer(),
             transformer=FluxTransformer2DModel(
-                patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
-                attention_head_dim=16, num_attention_heads=2, joint_attention_dim=TEXT_WIDTH,
-                pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
+                patch_size=1, in_channels=in_channels, out_channels=16, num_layers=1,
+                num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+                joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+                guidance_embeds=guidance_embeds,
             ),
         )
     )  # fmt: skip
 
 
-def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
+def tiny_sd3(seed: int = 0, channels: int = 4) -> StableDiffusion3Pipeline:
     torch.manual_seed(seed)
     return _finish(
         StableDiffusion3Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=autoencoder(4),
+            vae=autoencoder(channels),
             text_encoder=clip_encoder(CLIPTextModelWithProjection),
             tokenizer=clip_tokenizer(),
             text_encoder_2=clip_encoder(CLIPTextModelWithProjection),
@@ -176,7 +177,8 @@ def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
             text_encoder_3=t5_encoder(),
             tokenizer_3=t5_tokenizer(),
             transformer=SD3Transformer2DModel(
-                sample_size=32, patch_size=1, in_channels=4, out_channels=4, num_layers=2,
+                sample_size=32, patch_size=1, in_channels=channels, out_channels=channels,
+                num_layers=2,
                 attention_head_dim=8, num_attention_heads=4, joint_attention_dim=TEXT_WIDTH,
                 caption_projection_dim=32, pooled_projection_dim=32,
             ),
@@ -342,5 +344,7 @@ def _finish(pipe: DiffusionPipeline) -> DiffusionPipeline:
                         parameter.normal_(0, 0.1)
         if isinstance(module, torch.nn.Module):
             module.eval()
-    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe, *vars(pipe).values()):  # VisualCloze is made of two pipelines
+        if isinstance(part, DiffusionPipeline):
+            part.set_progress_bar_config(disable=True)
     return pipe

@@ -100,6 +100,8 @@ def measure(case: Case) -> Facts:
 def latents(pipe: Any, case: Case, call: dict[str, Any]) -> Tensor:
     """What the pipeline makes of the case's prompts, from the same noise."""
     torch.manual_seed(0)  # some draw beside their generator
+    if "content_prompt" in call:  # VisualCloze's second one
+        call = call | {"content_prompt": [call["content_prompt"]] * len(case.texts)}
     takes = list(inspect.signature(type(pipe).__call__).parameters)
     more = {
         "prompt" if "prompt" in takes else takes[1]: list(case.texts)
@@ -119,9 +121,8 @@ def _gather(pipe: Any, walk: Walk, table: PromptTable, student: Any) -> tuple[bo
     replayed, losses = True, []
     for rows in calls:
         prompts = [max(number, 0) for number in rows.prompts]  # of a zeroed text: any
-        ids, mask = table.batch(prompts, CPU)
         with torch.no_grad():
-            same = predict(pipe, rows, table.teacher_rows(teacher_of(pipe), ids, mask))
+            same = predict(pipe, rows, table.rows(teacher_of(pipe), prompts, CPU))
         replayed = replayed and torch.equal(same, rows.target)
         embeddings = encode_prompts(student, table, prompts, CPU)
         losses.append((predict(pipe, rows, embeddings) - rows.target).square().mean())
