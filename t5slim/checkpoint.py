@@ -253,6 +253,16 @@ def check_tensors(
         )
 
 
+def check_no_lora(model: nn.Module) -> None:
+    """Raise a CheckpointError for a student with a LoRA, for which its layout has no place."""
+    if any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise CheckpointError(
+            "the student has a LoRA in it, for which the layout of students has no place. Save the "
+            "LoRA alone, with save_pretrained of its PeftModel; or the student that "
+            "merge_and_unload() of the PeftModel returns."
+        )
+
+
 def check_finite(model: nn.Module, source: Source) -> None:
     """Raise a CheckpointError that names the parameters which hold NaN or infinity."""
     broken = []

@@ -299,7 +299,11 @@ class SlimT5Encoder(T5PreTrainedModel):
             push_to_hub: Also call `push_to_hub`.
             repo_id: Where to; by default the folder's name in your namespace.
             **kwargs: Anything else that transformers' `save_pretrained` takes.
+
+        Raises:
+            CheckpointError: There is a LoRA in the student that peft put there.
         """
+        checkpoint.check_no_lora(self)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as temporary:

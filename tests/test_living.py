@@ -33,6 +33,7 @@ from tiny import MAX_TOKENS, PROMPTS, TEXT_WIDTH, call_kwargs, tiny_flux, tiny_s
 
 from t5slim import (
     AlreadyPatchedError,
+    CheckpointError,
     DistillError,
     IncompatibleStudentError,
     PatchError,
@@ -725,6 +726,11 @@ def test_lora_of_the_student(peft, tmp_path):
     unpatch_pipeline(pipe)
     with pytest.raises(IncompatibleStudentError, match="got PeftModel"):
         patch_pipeline(pipe, adapted)
+    with pytest.raises(CheckpointError, match=r"LoRA alone.*merge_and_unload"):
+        guest.save_pretrained(tmp_path / "guest")
+    with pytest.raises(CheckpointError, match="has a LoRA in it"):
+        train(pipe, guest, PROMPTS, config, output_dir=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
     adapted.save_pretrained(tmp_path / "lora")
     again = peft.PeftModel.from_pretrained(student(), tmp_path / "lora").merge_and_unload()
     patch_pipeline(pipe, again)

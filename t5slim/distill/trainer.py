@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import ProjectConfiguration  # type: ignore[import-untyped]
 
+from ..checkpoint import check_no_lora
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from .checkpoints import load_checkpoint
@@ -145,6 +146,8 @@ def train(
         check_pipeline_kwargs(teacher, kwargs)
     device = _device_of(pipes)
     folder = None if output_dir is None else Path(output_dir)
+    for one in students if folder is not None or push_to_hub else ():
+        check_no_lora(one)
     if resume and folder is None:
         raise DistillError("resume=True needs the output_dir of the run that is to go on.")
     if config.samples_every and (held_out is None or folder is None):
