@@ -136,7 +136,7 @@ def train_lora(
     FluxPipeline.save_lora_weights(TRANSFER, weights, weight_name=f"{kind}.safetensors")
 
 
-def make_lora(pipe: FluxPipeline, count: int, work: Path, steps: int) -> None:
+def make_lora(pipe: FluxPipeline, work: Path, count: int = 960, steps: int = 920) -> None:
     data = examples(pipe, work / "recoloured.safetensors", count, recoloured)
 
     def loss_of_step(step: int) -> Tensor:
@@ -145,7 +145,7 @@ def make_lora(pipe: FluxPipeline, count: int, work: Path, steps: int) -> None:
     train_lora("lora", pipe, loss_of_step, work, steps, lr=2e-3)
 
 
-def make_controlnet(pipe: FluxPipeline, count: int, work: Path, steps: int) -> None:
+def make_controlnet(pipe: FluxPipeline, work: Path, count: int = 960, steps: int = 900) -> None:
     data = examples(pipe, work / "reshaped.safetensors", count, reshaped)
     denoiser = pipe.transformer.requires_grad_(False)
     controlnet = FluxControlNetModel.from_transformer(
@@ -167,10 +167,11 @@ def make_controlnet(pipe: FluxPipeline, count: int, work: Path, steps: int) -> N
         return flow_loss(data, controlled)
 
     train.fit("controlnet", controlnet, loss_of_step, work, steps, lr=1e-3, every=50)
+    controlnet.register_to_config(_name_or_path="")  # the denoiser's folder, it would be
     controlnet.half().save_pretrained(TRANSFER / "controlnet")
 
 
-def make_few_step(pipe: FluxPipeline, count: int, work: Path, steps: int) -> None:
+def make_few_step(pipe: FluxPipeline, work: Path, count: int = 300, steps: int = 200) -> None:
     """From captions alone. A step learns the way that the denoiser goes in five, from where the
     steps before it have come to."""
     denoiser = pipe.transformer
@@ -230,8 +231,6 @@ def main() -> None:
     )
     parser.add_argument("kinds", nargs="*", default=KINDS, help=f"of {', '.join(KINDS)}; or all")
     parser.add_argument("--train", action="store_true", help="train them, and don't measure")
-    parser.add_argument("--steps", type=int, default=500, help="updates of a training")
-    parser.add_argument("--examples", type=int, default=1200, help="captions of a training")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints and logs")
     parser.add_argument("--student", default=STUDENT, help="a folder or Hub id")
     parser.add_argument("--count", type=int, default=50, help="pictures of each criterion")
@@ -243,7 +242,7 @@ def main() -> None:
     if args.train:
         args.work.mkdir(parents=True, exist_ok=True)
         for kind in args.kinds:
-            MAKE[kind](load_pipeline(), args.examples, args.work, args.steps)
+            MAKE[kind](load_pipeline(), args.work)
         return
 
     student = t5slim.SlimT5Encoder.from_pretrained(args.student, dtype=torch.float32)
