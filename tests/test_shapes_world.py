@@ -15,12 +15,25 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from shapes_world import judge, world  # noqa: E402
-from shapes_world.painting import CALL, STUDENT, captions, load_pipeline  # noqa: E402
+from shapes_world.painting import (  # noqa: E402
+    CALL,
+    SD3,
+    SD3_STUDENT,
+    STUDENT,
+    captions,
+    load_pipeline,
+    paint,
+)
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def sd3(pipe):
+    return load_pipeline(SD3, pipe)
 
 
 @pytest.mark.parametrize("criterion", world.CRITERIA)
@@ -81,6 +94,37 @@ def test_committed_student_is_small_and_close_to_its_teacher(pipe):
     assert student.num_parameters() <= teacher.num_parameters() / 20
     _, texts = captions(8, held_out=True)
     assert velocity_gap(pipe, student, texts, pipeline_kwargs=CALL) <= 0.05
+
+
+@pytest.mark.parametrize("encoder", ["teacher", "student"])
+def test_sd3_paints_held_out_captions_under_guidance(sd3, encoder):
+    scenes, texts = captions(2, held_out=True)
+    if encoder == "student":
+        t5slim.patch_pipeline(sd3, SD3_STUDENT, keep_teacher=True)
+    try:
+        pictures = paint(sd3, texts)
+    finally:
+        if encoder == "student":
+            t5slim.unpatch_pipeline(sd3)
+    assert sd3.do_classifier_free_guidance
+    right = [judge.read(picture) == scene for scene, picture in zip(scenes, pictures, strict=True)]
+    assert sum(right) >= 5  # of 6
+
+
+def test_sd3_keeps_away_from_a_negative_prompt(sd3):
+    brightness = {}
+    for background in ("black", "white"):
+        away = f"a red circle to the left of a blue square on a {background} background"
+        corners = [picture[0, 0].mean() for picture in paint(sd3, [""] * 4, negative_prompt=away)]
+        brightness[background] = sum(corners) / len(corners)
+    assert brightness["black"] > brightness["white"] + 60
+
+
+def test_sd3_student_is_close_to_the_same_teacher(sd3):
+    student = t5slim.SlimT5Encoder.from_pretrained(SD3_STUDENT, dtype=torch.float32)
+    assert student.num_parameters() <= sd3.text_encoder_3.num_parameters() / 20
+    _, texts = captions(2, held_out=True)
+    assert velocity_gap(sd3, student, texts, pipeline_kwargs=CALL) <= 0.1
 
 
 def test_examples_stay_small():
