@@ -453,10 +453,13 @@ def export(pipe: FluxPipeline, out: Path) -> None:
 # --- what the stages share --------------------------------------------------
 
 
-def noisy_batch(data: Data, size: int) -> tuple[Tensor, ...]:
-    """Which captions (B,), their latents (B, 16, 64), noise, and times (B,)."""
+def noisy_batch(
+    data: Data, size: int, shares: tuple[float, ...] = (0.15, 0.4, 0.45)
+) -> tuple[Tensor, ...]:
+    """Which captions (B,), their latents (B, 16, 64), noise, and times (B,). `shares`: of the
+    criteria."""
     # The captions' criteria take turns. Text is the hardest, and single objects are soon learned.
-    criterion = torch.multinomial(torch.tensor([0.15, 0.4, 0.45]), size, replacement=True)
+    criterion = torch.multinomial(torch.tensor(shares), size, replacement=True)
     pick = 3 * torch.randint(len(data["ids"]) // 3, (size,)) + criterion
     x = data["latents"][pick].to(DEVICE).float()
     # Towards noise, where the text must say what the latents don't show.

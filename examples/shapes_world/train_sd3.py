@@ -32,7 +32,7 @@ from shapes_world.train import DEVICE, Data
 
 CAPTIONS = 12_000  # of training, as `train.CAPTIONS`
 CLIP_WIDTHS = (32, 48)
-STEPS = {"clip": 200, "denoiser": 1600}
+STEPS = {"clip": 200, "denoiser": 2000}
 
 
 def make_clip(width: int, seed: int) -> CLIPTextModelWithProjection:
@@ -137,7 +137,7 @@ def train_denoiser(
     seldom = torch.tensor([0.46, 0.46, 0.1], device=DEVICE)
 
     def loss_of_step(step: int) -> Tensor:
-        pick, x, noise, t = train.noisy_batch(data, size)
+        pick, x, noise, t = train.noisy_batch(data, size, (0.4, 0.3, 0.3))
         x_t = torch.lerp(x, noise, t[:, None, None])
         t5_rows = data["rows"][pick].to(DEVICE).float()
         # Without any text one time in ten, which is what classifier-free guidance starts from. The
