@@ -84,7 +84,13 @@ def measure(case: Case) -> Facts:
     )
     table = PromptTable()
     try:
-        walk = capture(pipe, case.texts, pipeline_kwargs=call, encode=table.teacher_rows)
+        walk = capture(
+            pipe,
+            case.texts,
+            pipeline_kwargs=call,
+            seed=range(len(case.texts)),  # a noise for each prompt, as in training
+            encode=table.teacher_rows,
+        )
     except DistillError as reason:
         return Facts(case.name, slot.name, encoder, "none", str(reason), 0, patched, False, 0.0)
     calls = len(walk.denoiser_calls)

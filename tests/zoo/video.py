@@ -307,7 +307,7 @@ CASES = [
         lambda cls: cogvideox(cls, conditioned=True, use_learned_positional_embeddings=True),
         lambda: call(num_frames=9, image=frames(2, 16)),
     ),
-    Case("CogVideoXVideoToVideoPipeline", cogvideox, lambda: call(video=frames(5, 16))),
+    Case("CogVideoXVideoToVideoPipeline", cogvideox, lambda: call(video=[frames(5, 16)] * 2)),
     Case(
         "ConsisIDPipeline",
         # diffusers gives it out only where OpenCV is, with which it draws the key points of faces.
@@ -323,13 +323,13 @@ CASES = [
     Case(
         "CosmosVideoToWorldPipeline",
         lambda cls: cosmos(cls, conditioned=True),
-        lambda: cosmos_call(num_frames=9, video=frames(5, 32)),
+        lambda: cosmos_call(num_frames=9, video=[frames(5, 32)] * 2),
     ),
     Case("Cosmos2TextToImagePipeline", lambda cls: cosmos(cls, second=True), cosmos_call),
     Case(
         "Cosmos2VideoToWorldPipeline",
         lambda cls: cosmos(cls, conditioned=True, second=True),
-        lambda: cosmos_call(num_frames=9, image=frames(1, 32)[0]),
+        lambda: cosmos_call(num_frames=9, image=frames(2, 32)),
     ),
     Case(
         "HunyuanVideo15Pipeline",
@@ -346,7 +346,7 @@ CASES = [
         student={"d_model": TEXT_WIDTH},
     ),
     Case("LTXPipeline", ltx, ltx_call),
-    Case("LTXImageToVideoPipeline", ltx, lambda: ltx_call(image=frames(1, 32)[0])),
+    Case("LTXImageToVideoPipeline", ltx, lambda: ltx_call(image=frames(2, 32))),
     Case("LTXConditionPipeline", ltx, lambda: ltx_call(image=frames(1, 32)[0])),
     Case(
         "LTXI2VLongMultiPromptPipeline",
