@@ -120,6 +120,22 @@ def test_rows_of_different_walks_and_timesteps_share_a_call(name: str) -> None:
     )
 
 
+def test_batch_dimensions_are_looked_for_once_for_walks_of_one_shape() -> None:
+    pipe, table = tiny_sd3(), PromptTable()
+    known: dict[Any, Any] = {}
+    for prompts, steps, shapes in [
+        (PROMPTS[:2], 3, 1), (PROMPTS[2:4], 3, 1), (PROMPTS[:3], 3, 2), (PROMPTS[:2], 2, 3),
+    ]:  # fmt: skip
+        kwargs = call_kwargs(pipe) | {"num_inference_steps": steps}
+        walk = capture(pipe, prompts, pipeline_kwargs=kwargs, encode=table.teacher_rows)
+        assert_replays(pipe, split_walk(pipe, walk, table, known), table)
+        assert len(known) == shapes
+        alone = trace(pipe, walk)
+        for found, expected in zip(trace(pipe, walk, known), alone, strict=True):
+            assert found.batch_dims == expected.batch_dims
+            assert found.sources.keys() == expected.sources.keys()
+
+
 def test_stable_audio_is_no_gather() -> None:
     pipe = TINY_PIPELINES["stable_audio"]()
     walk = capture(pipe, PROMPTS[:2], pipeline_kwargs=call_kwargs(pipe))

@@ -144,6 +144,7 @@ class Examples:
         self._position = 0  # along the latest walk, without a reservoir
         self._readings = 0  # updates that asked the denoiser nothing
         self._tokenized: dict[str, int] = {}
+        self._known: dict[Any, Any] = {}  # what `trace` found in earlier walks
 
     # --- batches ---
 
@@ -253,7 +254,7 @@ class Examples:
         self.teacher_rows += walk.denoiser_rows * self._processes
         calls: Sequence[Rows | WalkedCall]
         try:
-            calls = split_walk(self._pipe, walk, self._table)
+            calls = split_walk(self._pipe, walk, self._table, self._known)
         except NotAGather as reason:
             if round_ == 0:
                 logger.info(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -49,7 +49,9 @@ class Learner:
         self._accelerator = accelerator
         self._config = config
         self._device = device
-        self._trained = [p for p in student.parameters() if p.requires_grad]
+        self._weights = list(student.parameters())
+        self._averages = list(self.average.parameters())
+        self._trained = [p for p in self._weights if p.requires_grad]
         # device_placement: the student is on the pipeline's device, which need not be accelerate's.
         self._model, self._optimizer = accelerator.prepare(
             student.train(),
@@ -109,7 +111,7 @@ class Learner:
         self._accelerator.unwrap_model(self._model, keep_fp32_wrapper=False)
         vars(self.student).pop("forward", None)
         with torch.no_grad():
-            for parameter, average in self._pairs():
+            for parameter, average in zip(self._weights, self._averages, strict=True):
                 parameter.copy_(average)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -160,11 +162,7 @@ class Learner:
         # Short at first, so that the random start is forgotten as fast as it is trained away.
         decay = min(self._config.ema_decay, (1 + update) / (10 + update))
         with torch.no_grad():
-            averages, parameters = zip(*((a, p) for p, a in self._pairs()), strict=True)
-            torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
-
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.student.parameters(), self.average.parameters(), strict=True)
+            torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
 
 _NO_NORMS = (0, 0.0, 0.0)

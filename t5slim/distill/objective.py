@@ -89,7 +89,9 @@ class Objective:
     ) -> Tensor:
         if isinstance(call, Rows):
             assert rows is not None
-            return predict(self._pipe, call, rows[of_prompt], self._autocast_dtype)
+            if len(rows) < len(call):  # otherwise they are in order
+                rows = rows[of_prompt]
+            return predict(self._pipe, call, rows, self._autocast_dtype)
         return predict_through_pipeline(
             self._pipe,
             call.walk,

@@ -42,12 +42,14 @@ class CallMap:
     batch_dims: dict[Path, int | None]
 
 
-def trace(pipe: Any, walk: Walk) -> list[CallMap]:
+def trace(pipe: Any, walk: Walk, known: dict[Any, Any] | None = None) -> list[CallMap]:
     """Find where T5's rows stand in the arguments of each of the walk's denoiser calls.
 
     Args:
         pipe: the pipeline of the walk.
         walk: what `capture` returned.
+        known: batch dimensions of the pipeline's earlier walks, by the shapes of all arguments. For
+            a walk of the same shapes they aren't looked for again. Is added to.
 
     Returns:
         A map for each denoiser call.
@@ -56,7 +58,15 @@ def trace(pipe: Any, walk: Walk) -> list[CallMap]:
         NotAGather: T5's rows reach the denoiser changed, or something beside them depends on them.
     """
     sources = _trace_sources(pipe, walk)
-    batch_dims = _trace_batch_dims(pipe, walk)
+    known = {} if known is None else known
+    shapes = tuple(
+        (call.denoiser, *((path, tensor.shape) for path, tensor in tensors_in(call.kwargs).items()))
+        for call in walk.denoiser_calls
+    )
+    key = len(walk.prompts), shapes
+    if key not in known:
+        known[key] = _trace_batch_dims(pipe, walk)
+    batch_dims = known[key]
     return [CallMap(s, b) for s, b in zip(sources, batch_dims, strict=True)]
 
 
