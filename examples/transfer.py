@@ -145,7 +145,7 @@ def make_lora(pipe: FluxPipeline, work: Path, count: int = 960, steps: int = 920
     train_lora("lora", pipe, loss_of_step, work, steps, lr=2e-3)
 
 
-def make_controlnet(pipe: FluxPipeline, work: Path, count: int = 960, steps: int = 900) -> None:
+def make_controlnet(pipe: FluxPipeline, work: Path, count: int = 960, steps: int = 1400) -> None:
     data = examples(pipe, work / "reshaped.safetensors", count, reshaped)
     denoiser = pipe.transformer.requires_grad_(False)
     controlnet = FluxControlNetModel.from_transformer(
