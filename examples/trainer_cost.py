@@ -1,9 +1,11 @@
 """What the trainer costs beside the passes that it makes, and what a series of students saves.
 
-    python examples/trainer_cost.py
+    OMP_NUM_THREADS=1 python examples/trainer_cost.py
 
-Measured side by side in one run, in turns: a bare loop that does nothing but the same passes of
-teacher, denoiser and student, `t5slim.distill.train`, and `train` with three students at once.
+Measured side by side in one run, in turns, each a whole call: a bare loop that does nothing but the
+same passes of teacher, denoiser and student; and `t5slim.distill.train` with one student and with
+three, on velocity alone, on velocity with two walked rows for each that is replayed (`reuse=0.5`),
+and as by default, with a warm-up and a held-out prompt.
 """
 
 from __future__ import annotations
@@ -11,20 +13,29 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from distill_shapes import fresh_student, settings
-from shapes_world.painting import CALL, captions, load_pipeline
+from shapes_world.painting import BF16, CALL, captions, load_pipeline
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-import t5slim
-from t5slim.distill import train
+from t5slim.distill import DistillConfig, train
+from t5slim.distill.calls import autocast
 from t5slim.distill.states import cpu_attention
 
-BATCH = 32
+DTYPE = torch.bfloat16 if BF16 else None
+SERIES = 3
+WARM_UP = DistillConfig(max_steps=1000).terms["velocity"].start / 1000  # asks the denoiser nothing
+KINDS: dict[str, dict[str, Any]] = {
+    "velocity": {"objective": "velocity"},
+    "velocity, reuse 0.5": {"objective": "velocity", "reuse": 0.5},
+    "as by default": {},
+}
 
 
 def main() -> None:
@@ -32,45 +43,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2, help="walks of a measurement")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each")
+    parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
-    pipe = load_pipeline()
-    updates = args.rounds * CALL["num_inference_steps"]
+    pipe, batch = load_pipeline(), args.batch_size
+    walked = args.rounds * CALL["num_inference_steps"]  # updates through the denoiser
     # Fresh ones for each measurement: none profits from what another has encoded.
-    prompts = captions(args.rounds * BATCH // 3 + 1, held_out=False)[1][: args.rounds * BATCH]
-    config = settings(objective="velocity", max_steps=updates, empty_prompt_share=0.0)
+    _, prompts = captions(walked * batch // 3 + 1, held_out=False)
+    # One, so that evaluations have about the share that they have in a long run, 2 to 3%.
+    held_out = captions(1, held_out=True)[1][:1]
 
-    def trained(students: int) -> Callable[[], float]:
-        def measure() -> float:
-            several = [fresh_student(seed) for seed in range(students)]
-            results = train(pipe, several, prompts, config, pipeline_kwargs=CALL)
-            return results[0].seconds
+    def trained(students: int, changes: dict[str, Any]) -> None:
+        share = 0.0 if changes else WARM_UP
+        config = settings(
+            max_steps=round(walked / (1 - share)), batch_size=batch, empty_prompt_share=0.0,
+            **changes,
+        )  # fmt: skip
+        train(
+            pipe, [fresh_student(seed) for seed in range(students)], prompts, config,
+            pipeline_kwargs=CALL, eval_prompts=None if changes else held_out,
+        )  # fmt: skip
 
-        return measure
-
-    def bare() -> float:
-        student = fresh_student().train()
-        start = time.perf_counter()
-        bare_loop(pipe, student, prompts)
-        return time.perf_counter() - start
-
-    ways = {"bare loop": bare, "train, one student": trained(1), "train, three": trained(3)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    ways: dict[tuple[str, int], Callable[[], None]] = {
+        ("bare loop", 1): lambda: bare_loop(pipe, prompts[: args.rounds * batch], batch)
+    }
+    for kind, changes in KINDS.items():
+        for students in (1, SERIES):
+            ways[kind, students] = partial(trained, students, changes)
+    # On a CPU its own seconds: what else runs on the machine only adds to those of the clock.
+    clock = time.perf_counter if pipe.device.type == "cuda" else time.process_time
+    seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     for _ in tqdm(range(args.repeats), "measuring", unit="turn"):
-        for name, measure in ways.items():
-            seconds[name].append(measure())
-    # The least of several: what else runs on the machine only adds to it.
-    least = {name: min(values) for name, values in seconds.items()}
-    for name, value in least.items():
-        print(f"{name:<20}{value / updates * 1000:>8.1f} ms an update")
-    own = least["train, one student"] / least["bare loop"]
+        for way, measure in ways.items():
+            start = clock()
+            measure()
+            seconds[way].append(clock() - start)
+    least = {way: min(values) / walked * 1000 for way, values in seconds.items()}
+    print(f"{'ms for each update through the denoiser':<42}{'one':>8}{SERIES:>8} together / runs")
+    print(f"{'bare loop':<42}{least['bare loop', 1]:>8.1f}")
+    for kind in KINDS:
+        one, series = least[kind, 1], least[kind, SERIES]
+        print(f"{f'train, {kind}':<42}{one:>8.1f}{series:>8.1f}{series / one / SERIES:>16.3f}")
+    own = least["velocity", 1] / least["bare loop", 1]
     print(f"the trainer's own cost: {own:.3f} x a bare loop")
-    series = least["train, three"] / least["train, one student"] / 3
-    print(f"a series of three students: {series:.3f} x three runs")
 
 
-def bare_loop(pipe: FluxPipeline, student: t5slim.SlimT5Encoder, prompts: list[str]) -> None:
+def bare_loop(pipe: FluxPipeline, prompts: list[str], batch: int) -> None:
     """Walk each batch of prompts with the teacher, then update the student at each step of it."""
     steps, device = CALL["num_inference_steps"], pipe.device
+    student = fresh_student().to(device).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
     ids = pipe.tokenizer_2(
         prompts, padding="max_length", max_length=CALL["max_sequence_length"], return_tensors="pt"
@@ -79,7 +99,7 @@ def bare_loop(pipe: FluxPipeline, student: t5slim.SlimT5Encoder, prompts: list[s
     img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, device, torch.float32)
 
     def velocity(x: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device, DTYPE):
             return pipe.transformer(
                 hidden_states=x,
                 timestep=torch.full((len(x),), sigma, device=device),
@@ -91,11 +111,11 @@ def bare_loop(pipe: FluxPipeline, student: t5slim.SlimT5Encoder, prompts: list[s
             )[0].float()
 
     pipe.transformer.requires_grad_(False)
-    for start in range(0, len(prompts), BATCH):
-        of_batch = ids[start : start + BATCH]
+    for start in range(0, len(prompts), batch):
+        of_batch = ids[start : start + batch]
         with torch.no_grad():
             rows, pooled, _ = pipe.encode_prompt(
-                prompts[start : start + BATCH],
+                prompts[start : start + batch],
                 None,
                 max_sequence_length=CALL["max_sequence_length"],
             )
@@ -105,8 +125,8 @@ def bare_loop(pipe: FluxPipeline, student: t5slim.SlimT5Encoder, prompts: list[s
                 walk.append((x, sigma, v))
                 x = x + (after - sigma) * v
         for x, sigma, v in walk:
-            with cpu_attention(device, torch.bfloat16):
-                with torch.autocast(device.type, torch.bfloat16):
+            with cpu_attention(device, DTYPE):
+                with autocast(device, DTYPE):
                     student_rows = student(of_batch)[0]
                 F.mse_loss(velocity(x, sigma, student_rows), v).backward()
             optimizer.step()

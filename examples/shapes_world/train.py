@@ -60,7 +60,7 @@ from shapes_world.painting import BF16, PIPELINE, SMALL_T5, captions, paint
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILE = False
-STEPS = {"vae": 2400, "language-model": 3000, "small-t5": 1000, "clip": 200, "denoiser": 7000}
+STEPS = {"vae": 2400, "language-model": 3000, "small-t5": 2000, "clip": 200, "denoiser": 7000}
 CAPTIONS = (
     67_200  # training captions whose T5 rows and latents are computed once and kept in memory
 )
