@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import diffusers  # for LongCat's classes, which older versions don't have
 import torch
 from diffusers import (
     AudioLDM2ProjectionModel,
@@ -13,8 +14,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
-    LongCatAudioDiTTransformer,
-    LongCatAudioDiTVae,
 )
 from tiny import TEXT_WIDTH, call_kwargs, t5_encoder, t5_tokenizer, tiny_stable_audio, umt5_encoder
 from tiny import _finish as finish
@@ -40,7 +39,7 @@ def longcat(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
     torch.manual_seed(0)
     with warnings.catch_warnings():  # its VAE still uses torch's old weight_norm
         warnings.simplefilter("ignore", FutureWarning)
-        vae = LongCatAudioDiTVae(
+        vae = diffusers.LongCatAudioDiTVae(
             channels=4, c_mults=[1, 2], strides=[2], latent_dim=4, encoder_latent_dim=8,
             downsampling_ratio=2, sample_rate=4,
         )  # fmt: skip
@@ -49,7 +48,7 @@ def longcat(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
             vae=vae,
             text_encoder=umt5_encoder(),
             tokenizer=t5_tokenizer(),
-            transformer=LongCatAudioDiTTransformer(
+            transformer=diffusers.LongCatAudioDiTTransformer(
                 dit_dim=16, dit_depth=1, dit_heads=2, dit_text_dim=TEXT_WIDTH, latent_dim=4
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
