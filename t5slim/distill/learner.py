@@ -49,9 +49,9 @@ class Learner:
         self._accelerator = accelerator
         self._config = config
         self._device = device
-        self._weights = list(student.parameters())
-        self._averages = list(self.average.parameters())
-        self._trained = [p for p in self._weights if p.requires_grad]
+        self._weights: list[Tensor] = list(student.parameters())
+        self._averages: list[Tensor] = list(self.average.parameters())
+        self._trained = [p for p in student.parameters() if p.requires_grad]
         # device_placement: the student is on the pipeline's device, which need not be accelerate's.
         self._model, self._optimizer = accelerator.prepare(
             student.train(),
