@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from packaging.version import Version
 from tiny import PROMPTS
 
 
@@ -27,6 +28,7 @@ class Case:
         prompts: how many of `tiny.PROMPTS` go through it together, as some pipelines take one only;
             or which.
         student: sizes of the student, where the pipeline asks for more than its rows' width.
+        since: the version of diffusers from which the pipeline works beside transformers 5.
     """
 
     name: str
@@ -36,10 +38,13 @@ class Case:
     why: str = ""
     prompts: int | tuple[str, ...] = 2
     student: dict[str, int] = field(default_factory=dict)
+    since: str = "0"
 
     @property
     def cls(self) -> type[DiffusionPipeline] | None:
-        """None where this version of diffusers doesn't have it."""
+        """None where this version of diffusers doesn't have it, or not one that works."""
+        if Version(diffusers.__version__) < Version(self.since):
+            return None
         return getattr(diffusers, self.name, None)
 
     def pipe(self) -> DiffusionPipeline:
