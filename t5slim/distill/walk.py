@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..slot import find_text_slot, is_modular, stages
+from ..slot import find_text_slot, is_modular, stages, uncompiled
 from .calls import (
     CopyOnce,
     by_name,
@@ -284,7 +284,7 @@ def run_pipeline(
 
     def denoiser_forward(name: str, module: nn.Module) -> Callable[..., Any]:
         # The class's forward: an instance's may be wrapped, by offload hooks or by us.
-        cls: Any = type(getattr(module, "_orig_mod", module))
+        cls: Any = type(uncompiled(module))
         signature = inspect.signature(cls.forward)
 
         def named_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
