@@ -13,10 +13,11 @@ from tiny import MAX_TOKENS, PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, ti
 from t5slim.distill import VelocityLoss, capture
 from t5slim.distill.calls import call_encoder
 from t5slim.distill.fallback import predict_through_pipeline
+from t5slim.distill.pipeline import teacher_of
 from t5slim.distill.replay import Rows, collate, predict, split_walk
 from t5slim.distill.teacher import PromptTable, encode_prompts
 from t5slim.distill.trace import NotAGather, _decode, _encode, trace
-from t5slim.distill.walk import Walk, teacher_of
+from t5slim.distill.walk import Walk
 from t5slim.errors import DistillError
 
 GATHERS = ["flux", "sd3", "chroma", "pixart_sigma", "ltx"]

@@ -32,8 +32,8 @@ from t5slim.distill import (
 )
 from t5slim.distill.cached import CachedTeacher, describe_teacher
 from t5slim.distill.checks import check_student
+from t5slim.distill.pipeline import teacher_of
 from t5slim.distill.teacher import PromptTable, encode_alike, prompt_keys
-from t5slim.distill.walk import teacher_of
 from t5slim.errors import DistillError
 from t5slim.slot import find_text_slot
 

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from t5slim import HubAccessError, SlimT5Encoder
 from t5slim.distill import DistillConfig, VelocityGap, loop, report, train
+from t5slim.distill.pipeline import teacher_of
 from t5slim.distill.samples import Samples, side_by_side
 from t5slim.distill.tracking import CLOCK_SCALARS, SCALARS
-from t5slim.distill.walk import teacher_of
 from t5slim.errors import ConfigError, DistillError
 
 CONFIG: dict[str, Any] = {

@@ -15,10 +15,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from t5slim import SlimT5Config, SlimT5Encoder, patch_pipeline
 from t5slim.distill import DistillConfig, VelocityGap, train, velocity_gap
 from t5slim.distill.examples import Batch, Examples
+from t5slim.distill.pipeline import teacher_of
 from t5slim.distill.prompts import prompt_source
 from t5slim.distill.replay import Rows
 from t5slim.distill.teacher import PromptTable
-from t5slim.distill.walk import teacher_of
 from t5slim.errors import DistillError, IncompatibleStudentError, NoT5SlotError
 
 QUICK: dict[str, Any] = {

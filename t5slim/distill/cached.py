@@ -39,9 +39,9 @@ from ..slot import (
 )
 from .cache import TeacherCache, sha256_of
 from .checks import Prompts, load_prompts
+from .pipeline import check_pipeline_kwargs, teacher_of, tokenize
 from .states import frozen
 from .teacher import PromptTable, encode_alike, prompt_keys, tokenize_empty
-from .walk import check_pipeline_kwargs, teacher_of, tokenize
 
 # Of each tensor of the teacher, evenly spread: enough to know it from one that was trained further.
 _SAMPLE = 1024

@@ -13,9 +13,9 @@ from ..compatibility import check_compatible
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from .config import DistillConfig
+from .pipeline import DENOISERS, check_no_cache, teacher_of
 from .prompts import Prompts as Prompts
 from .prompts import load_prompts as load_prompts
-from .walk import DENOISERS, check_no_cache, teacher_of
 
 
 def check_student(pipe: Any, student: nn.Module) -> None:

@@ -25,11 +25,12 @@ from ..slot import denoiser_text_width
 from .calls import tensors_in
 from .config import DistillConfig
 from .draws import WalkShape, draw_prompt, lanes_of, random_of
+from .pipeline import DENOISERS, images_per_prompt, teacher_of, tokenize
 from .prompts import PromptSource
 from .replay import NO_PROMPT, Rows, collate, split_walk
 from .teacher import PromptTable
 from .trace import NotAGather
-from .walk import DENOISERS, Walk, capture, images_per_prompt, teacher_of, tokenize
+from .walk import Walk, capture
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import DistillError
 from .calls import call_denoiser, first_tensor, tensors_in, with_first_tensor
-from .walk import DenoiserCall, Walk, run_pipeline
+from .pipeline import run_pipeline
+from .walk import DenoiserCall, Walk
 
 
 def predict_through_pipeline(

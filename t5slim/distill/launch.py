@@ -22,6 +22,7 @@ from .cached import cache_teacher, cached_teacher
 from .checks import check_launch
 from .draws import WalkShape, prompts_of_run
 from .examples import Examples
+from .pipeline import DENOISERS, check_pipeline_kwargs
 from .plan import CachePlan, Plan, first_prompts, make_plan
 from .prompts import PromptList, PromptSchedule, load_prompts, prompt_source, split_held_out
 from .records import METADATA_FILE, check_output_dir, check_same_run, run_facts
@@ -31,7 +32,6 @@ from .states import frozen
 from .teacher import PromptTable
 from .tracking import tracker_names
 from .trainer import train
-from .walk import DENOISERS, check_pipeline_kwargs
 
 if TYPE_CHECKING:
     from .run import DistillRun

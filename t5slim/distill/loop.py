@@ -24,8 +24,9 @@ from .checkpoints import Checkpoint, save_checkpoint
 from .config import DistillConfig
 from .examples import Examples
 from .learner import Learner
-from .metrics import VelocityGap, mean_report
+from .metrics import VelocityGap
 from .objective import Objective
+from .pipeline import teacher_of
 from .prompts import PromptSource
 from .records import CHECKPOINTS, Records
 from .result import DistillResult
@@ -33,7 +34,6 @@ from .samples import Samples
 from .sharding import is_sharded
 from .teacher import PromptTable
 from .tracking import Trackers, history_entry, peak_memory_gib, reset_peak_memory
-from .walk import teacher_of
 
 _SECONDS_BETWEEN_LOSSES = 5.0
 
@@ -265,8 +265,7 @@ class Loop:
             if measures:
                 # Real tokens and padding apart are two more rounds, and so for the end.
                 result.reports = [m.report(learner.average, parts=finished) for m in measures]
-                result.report = mean_report(result.reports)
-                result.gap = result.raw_gap = result.report.gap
+                result.raw_gap = result.gap
                 if learner.average is not learner.student:
                     result.raw_gap = sum(m(learner.student) for m in measures) / len(measures)
             entry = history_entry(

@@ -17,11 +17,12 @@ from ..slot import find_text_slot
 from .checks import Prompts, check_student, load_prompts
 from .fallback import predict_through_pipeline
 from .losses import VelocityLoss
+from .pipeline import teacher_of
 from .replay import NO_PROMPT, Rows, predict, split_walk
 from .states import evaluating
 from .teacher import PromptTable, encode_prompts, tokenize_empty
 from .trace import NotAGather
-from .walk import Walk, capture, teacher_of
+from .walk import Walk, capture
 
 
 def velocity_gap(

@@ -13,10 +13,10 @@ from .config import DistillConfig
 from .examples import Batch, WalkedCall
 from .fallback import predict_through_pipeline
 from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
+from .pipeline import teacher_of
 from .replay import Rows, predict
 from .states import cpu_attention
 from .teacher import PromptTable, encode_prompts
-from .walk import teacher_of
 
 _OF_ROWS = {"embedding": EmbeddingLoss(), "relational": RelationalLoss()}
 _OF_VELOCITIES = VelocityLoss()

@@ -21,11 +21,11 @@ from .config import DistillConfig
 from .draws import WalkShape, lanes_of, turns
 from .examples import Examples
 from .memory import Part, checkpoint_bytes, pipeline_parts, show_bytes, student_parts
+from .pipeline import check_pipeline_kwargs
 from .prompts import PromptList, Prompts, PromptSchedule, PromptSource, load_prompts, prompt_source
 from .states import frozen
 from .teacher import PromptTable
 from .trainer import train
-from .walk import check_pipeline_kwargs
 
 _MEASURED = 3  # updates, after one that warms up
 

@@ -21,10 +21,10 @@ from .. import model_card
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError, HubAccessError
 from .config import DistillConfig
+from .pipeline import DENOISERS, teacher_of
 from .prompts import PromptList, PromptSource
 from .report import describe_run, plot_run
 from .result import DistillResult
-from .walk import DENOISERS, teacher_of
 
 CHECKPOINTS = "checkpoints"
 HISTORY_FILE = "history.jsonl"

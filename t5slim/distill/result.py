@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..encoder import SlimT5Encoder
-from .metrics import GapReport
+from .metrics import GapReport, mean_report
 
 
 @dataclass
@@ -26,12 +26,10 @@ class DistillResult:
         teacher_rows: batch rows that the denoiser predicted for the teacher, over all processes.
         student_rows: batch rows that it predicted for this student (and went backwards through).
         loss: mean over the updates since the last entry of `history`.
-        gap: velocity gap of the student on `eval_prompts`; None without. Of several pipelines, the
-            mean of theirs.
-        raw_gap: the same with the last weights instead of the averaged ones.
-        report: where `gap` comes from: thirds of the trajectory, real tokens and padding, and how
-            far prompts are apart. Of several pipelines, the mean of `reports`.
-        reports: of each pipeline; empty without `eval_prompts`.
+        reports: the velocity gap on `eval_prompts` for each pipeline, and where it comes from;
+            empty without.
+        raw_gap: velocity gap with the last weights instead of the averaged ones; None without. Of
+            several pipelines, the mean of theirs.
         peak_memory_gib: the highest use of a device (without accelerator: of a process), in GiB.
         history: an entry for each evaluation, with the scalars of `tracking.SCALARS` by name. The
             file `history.jsonl` holds the same.
@@ -45,27 +43,41 @@ class DistillResult:
     teacher_rows: int = 0
     student_rows: int = 0
     loss: float = math.nan
-    gap: float | None = None
-    raw_gap: float | None = None
-    report: GapReport | None = None
     reports: list[GapReport] = field(default_factory=list)
+    raw_gap: float | None = None
     peak_memory_gib: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def report(self) -> GapReport | None:
+        """Where `gap` comes from: thirds of the trajectory, real tokens and padding, and how far
+        prompts are apart. Of several pipelines, the mean of `reports`.
+        """
+        return mean_report(self.reports) if self.reports else None
+
+    @property
+    def gap(self) -> float | None:
+        """Velocity gap of the student on `eval_prompts`; None without. Of several pipelines, the
+        mean of theirs.
+        """
+        return None if self.report is None else self.report.gap
 
     def facts(self) -> dict[str, Any]:
         """All but the student, its place and the history, as plain values for JSON."""
         plain = {k: v for k, v in vars(self).items() if k not in _NOT_FACTS}
         return plain | {
+            "gap": self.gap,
             "report": None if self.report is None else asdict(self.report),
             "reports": list(map(asdict, self.reports)),
         }
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Go on from what `facts` returned."""
-        for name, value in facts.items():
-            setattr(self, name, value)
-        self.report = None if facts["report"] is None else _report(facts["report"])
-        self.reports = list(map(_report, facts["reports"]))
+        for name in vars(self).keys() & facts.keys():
+            setattr(self, name, facts[name])
+        self.reports = [
+            GapReport(**{**plain, "thirds": tuple(plain["thirds"])}) for plain in facts["reports"]
+        ]
 
     def rows(self) -> list[tuple[str, str]]:
         """What there is to say, as (name, value) of a table."""
@@ -109,10 +121,6 @@ class DistillResult:
 
 
 _NOT_FACTS = ("student", "output_dir", "history")
-
-
-def _report(plain: Mapping[str, Any]) -> GapReport:
-    return GapReport(**{**plain, "thirds": tuple(plain["thirds"])})
 
 
 def _short(value: float | None) -> str:

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from ..errors import DistillError
 from .calls import call_encoder
+from .pipeline import Encode, run_pipeline, teacher_of
 from .states import evaluating
-from .walk import Encode, run_pipeline, teacher_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
-from .walk import DENOISERS
+from .pipeline import DENOISERS
 
 
 def shard_denoiser(pipe: Any, device: torch.device) -> None:

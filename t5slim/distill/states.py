@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .walk import DENOISERS
+from .pipeline import DENOISERS
 
 _WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # of whatever it decorates
 

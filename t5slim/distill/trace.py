@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .calls import Path, map_tensors, tensors_in, with_first_tensor
-from .walk import DENOISERS, DenoiserCall, Walk, run_pipeline
+from .pipeline import DENOISERS, run_pipeline
+from .walk import DenoiserCall, Walk
 
 # Digits 1 to 16: integers that bfloat16 and float16 hold exactly, and none is the 0 of a padding.
 BASE = 16

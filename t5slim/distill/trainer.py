@@ -19,6 +19,7 @@ from .checkpoints import load_checkpoint
 from .checks import check_launch, check_trainable
 from .config import DistillConfig
 from .loop import Loop, interruptible
+from .pipeline import check_pipeline_kwargs
 from .prompts import Prompts, PromptSchedule, load_prompts, prompt_source
 from .records import (
     CHECKPOINTS,
@@ -31,7 +32,6 @@ from .records import (
 from .result import DistillResult
 from .states import frozen, master_weights
 from .tracking import tracker_names
-from .walk import check_pipeline_kwargs
 
 PipelineKwargs = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 

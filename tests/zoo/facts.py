@@ -14,10 +14,11 @@ import t5slim
 from t5slim.distill import capture
 from t5slim.distill.calls import call_encoder
 from t5slim.distill.fallback import predict_through_pipeline
+from t5slim.distill.pipeline import teacher_of
 from t5slim.distill.replay import predict, split_walk
 from t5slim.distill.teacher import PromptTable, encode_prompts
 from t5slim.distill.trace import NotAGather
-from t5slim.distill.walk import Walk, teacher_of
+from t5slim.distill.walk import Walk
 from t5slim.errors import DistillError
 from t5slim.slot import find_text_slot
 
