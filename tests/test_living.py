@@ -625,8 +625,11 @@ def test_to_dtype(patched_latents):
     pipe = patch_pipeline(tiny_flux(), student(), keep_teacher=True)
     pipe.to(torch.bfloat16)
     assert pipe.text_encoder_2.dtype == torch.bfloat16
-    difference = paint(pipe).float() - patched_latents
-    assert 0 < difference.abs().max() < 0.2 * patched_latents.abs().max()
+    assert paint(pipe).isfinite().all()
+    # Back again, as noise drawn in bfloat16 is other noise in some versions; weights stay rounded.
+    pipe.to(torch.float32)
+    difference = paint(pipe) - patched_latents
+    assert 0 < difference.abs().max() < 0.05 * patched_latents.abs().max()
 
 
 def test_saved_and_loaded(flux_folder, tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from transformers import AutoConfig
 
 import t5slim
 from t5slim.distill import velocity_gap
@@ -86,6 +88,19 @@ def test_no_caption_is_truncated(pipe):
     for ids in pipe.tokenizer_2(texts).input_ids:
         assert len(ids) <= world.MAX_TOKENS
         assert pipe.tokenizer_2.unk_token_id not in ids
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted(EXAMPLES.glob("shapes_world/*/text_encoder*")),
+    ids=lambda f: f"{f.parent.name}-{f.name}",
+)
+def test_committed_text_encoder_loads_whole(folder):
+    """transformers names the weights of CLIP otherwise from version to version."""
+    config = AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, config.architectures[0])
+    _, found = cls.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
 
 
 def test_committed_student_is_small_and_close_to_its_teacher(pipe):
