@@ -22,6 +22,9 @@ os.environ.update(
     NO_PROXY="127.0.0.1",
     no_proxy="127.0.0.1",
 )
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # What is so small has no use for threads, and those of several processes wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
     os.environ.pop(name, None)
 

@@ -75,7 +75,7 @@ def test_settings_survive_json() -> None:
 
 def test_turns_may_be_shares_of_the_run() -> None:
     terms = DistillConfig(max_steps=500).terms
-    assert terms["embedding"].until == terms["velocity"].start == 150
-    assert terms["embedding"].weight_at(0) == 1 and terms["velocity"].weight_at(149) == 0
+    assert terms["embedding"].until == terms["velocity"].start == 250
+    assert terms["embedding"].weight_at(0) == 1 and terms["velocity"].weight_at(249) == 0
     short = DistillConfig(max_steps=2).terms
     assert short["velocity"].weight_at(1) == 1 and short["embedding"].weight_at(1) == 0

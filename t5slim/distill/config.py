@@ -24,7 +24,7 @@ class Term:
         weight: of the term in the sum, its highest.
         start: the first update in which it counts.
         until: from `start` on, the weight falls linearly to zero at this update; None: it stays.
-            In a `DistillConfig`, both may be shares of `max_steps`, such as 0.3.
+            In a `DistillConfig`, both may be shares of `max_steps`, such as 0.5.
     """
 
     weight: float = 1.0
@@ -41,7 +41,7 @@ class Term:
 
 
 def _warm_up() -> dict[str, Any]:
-    return {"embedding": {"until": 0.3}, "velocity": {"start": 0.3}}
+    return {"embedding": {"until": 0.5}, "velocity": {"start": 0.5}}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DistillConfig:
             "relational": the distances between the prompts of a batch (`RelationalLoss`). Or a
             weighted sum, `{"velocity": 1, "embedding": 0.1}`, whose weights may change as training
             goes on (see `Term`). The default warms up on embeddings, which asks the denoiser
-            nothing, for three updates of ten: from a fresh start, velocity alone finds no way for
+            nothing, for half of the updates: from a fresh start, velocity alone finds no way for
             long (docs/log.md).
         trajectory_weights: weights of the first, middle and last third of the trajectory in the
             loss; the velocity gap is reported by the same thirds.
