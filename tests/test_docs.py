@@ -10,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*.ipynb")),
+]
 # Of diffusers, transformers and torch, and what has no message.
 OTHERS = re.compile(
     r"^t5slim\.encoder is not one|^Pipeline … expected|_execution_device|^mat1 and mat2|^'NoneType'"
@@ -52,10 +57,18 @@ def test_messages_of_ours_are_raised(heading, messages):
     assert re.search(".*".join(parts), messages), heading
 
 
-@pytest.mark.parametrize("page", ["living", "troubleshooting"])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([\w.-]+\.md)", (ROOT / "docs" / f"{page}.md").read_text()):
-        assert (ROOT / "docs" / target).is_file(), target
+    """To files, and to headings of pages; and so do pages named in a notebook or a comment."""
+    text = page.read_text()
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)]*))?\)", text):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", path.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+    for name in re.findall(r"\b(?:docs|examples|tests)/[\w/-]+\.\w+", text):
+        assert (ROOT / name).exists(), name
 
 
 def test_every_row_of_living_names_its_tests():
