@@ -15,6 +15,7 @@ from .errors import (
     CheckpointError,
     ConfigError,
     DistillError,
+    EvaluateError,
     HubAccessError,
     IncompatibleStudentError,
     NoT5SlotError,
@@ -24,6 +25,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from . import distill as distill
+    from . import evaluate as evaluate
     from .patch import patch_pipeline, unpatch_pipeline
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DistillError",
+    "EvaluateError",
     "HubAccessError",
     "IncompatibleStudentError",
     "NoT5SlotError",
@@ -44,12 +47,13 @@ __all__ = [
 ]
 
 # Resolved on first use (PEP 562), so that `import t5slim` loads neither diffusers nor the trainer.
+_PACKAGES = ("distill", "evaluate")
 _LAZY = {"patch_pipeline": "t5slim.patch", "unpatch_pipeline": "t5slim.patch"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "distill":
-        return import_module("t5slim.distill")
+    if name in _PACKAGES:
+        return import_module(f"t5slim.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_LAZY[name]), name)
@@ -57,4 +61,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "distill"})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -37,5 +37,9 @@ class AlreadyPatchedError(PatchError):
     """The pipeline already holds a student."""
 
 
+class EvaluateError(T5SlimError, ValueError):
+    """A comparison can't be made, as it was asked for."""
+
+
 class DistillError(T5SlimError, ValueError):
     """A distillation can't start, as it was asked for."""

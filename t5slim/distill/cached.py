@@ -228,7 +228,7 @@ def describe_teacher(pipe: Any) -> dict[str, Any]:
     if encoder is None or isinstance(encoder, CachedTeacher):
         return facts
     with offload_paused(pipe):  # under sequential offload, weights are on the meta device
-        weights = _fingerprint(encoder)
+        weights = fingerprint(encoder)
     return facts | {
         "name_or_path": encoder.config.name_or_path,
         "revision": getattr(encoder.config, "_commit_hash", None),
@@ -311,7 +311,7 @@ def _digest(pipe: Any, prompts: list[str], kwargs: dict[str, Any], teacher: dict
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _fingerprint(module: nn.Module) -> str:
+def fingerprint(module: nn.Module) -> str:
     """Of the weights, whatever they are called and wherever they are: SHA-256 in hex."""
     digests = set()  # offload can make two of tensors that were tied
     for tensor in (*module.parameters(), *module.buffers()):

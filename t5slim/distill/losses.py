@@ -100,13 +100,13 @@ class RelationalLoss(nn.Module):
         B = len(rows)
         if B == 1:
             raise ValueError("expected at least two samples to compare, got one")
-        d_student, d_teacher = (_distances(x, attention_mask) for x in (rows, target))
+        d_student, d_teacher = (distances_between(x, attention_mask) for x in (rows, target))
         scale = (d_teacher.sum() / (B * (B - 1))).clamp(min=torch.finfo(torch.float32).tiny)
         return ((d_student - d_teacher) / scale).square().sum(1) / (B - 1)
 
 
-def _distances(rows: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, T, D) -> (B, B) float32, zero on the diagonal."""
+def distances_between(rows: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Euclidean distances of prompts' rows: (B, T, D) -> (B, B) float32, zero on the diagonal."""
     rows = rows.float()
     if attention_mask is not None:
         rows = rows * attention_mask[..., None].to(rows)

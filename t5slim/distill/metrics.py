@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -16,8 +17,8 @@ from ..errors import DistillError
 from ..slot import find_text_slot
 from .checks import Prompts, check_student, load_prompts
 from .fallback import predict_through_pipeline
-from .losses import VelocityLoss
-from .pipeline import teacher_of
+from .losses import VelocityLoss, distances_between
+from .pipeline import images_per_prompt, teacher_of
 from .replay import NO_PROMPT, Rows, predict, split_walk
 from .states import evaluating
 from .teacher import PromptTable, encode_prompts, tokenize_empty
@@ -111,17 +112,64 @@ def mean_report(reports: Sequence[GapReport]) -> GapReport:
 
 
 @dataclass(frozen=True)
+class GapTable:
+    """A velocity gap by prompt and by denoiser call.
+
+    Attributes:
+        distances: (P, C) float64, for each of P prompts and of C calls the squared distance of the
+            predictions under the student and under the teacher, summed over their elements. Zero
+            for the rows of an empty prompt.
+        denominators: (P, C) float64, those of the empty prompt and the teacher.
+    """
+
+    distances: Tensor
+    denominators: Tensor
+
+    @property
+    def gap(self) -> float:
+        """The velocity gap."""
+        return (self.distances.sum() / self.denominators.sum()).item()
+
+    @property
+    def of_prompts(self) -> Tensor:
+        """(P,), the gap of each prompt; NaN for an empty one."""
+        return self.distances.sum(1) / self.denominators.sum(1)
+
+    @property
+    def of_calls(self) -> Tensor:
+        """(C,), the gap at each call, in the order of the trajectory; NaN for a call that reads the
+        negative prompt alone.
+        """
+        return self.distances.sum(0) / self.denominators.sum(0)
+
+    @property
+    def of_thirds(self) -> tuple[float | None, float | None, float | None]:
+        """The gap of the first, middle and last third of the calls; None for one without a step."""
+        C = self.distances.shape[1]
+        thirds = torch.tensor([3 * call // C for call in range(C)])
+        sums = [
+            (self.distances[:, thirds == i].sum(), self.denominators[:, thirds == i].sum())
+            for i in range(3)
+        ]
+        first, middle, last = ((d / whole).item() if whole else None for d, whole in sums)
+        return first, middle, last
+
+
+@dataclass(frozen=True)
 class _Part:
     """Prompts that were walked together.
 
     Attributes:
+        first: the place of the first of them among all prompts.
         numbers: those of their prompts that aren't empty.
-        calls: the rows of each denoiser call, None where all are those of the empty prompt; or the
-            walk, where the pipeline is no gather.
+        calls: the rows of each denoiser call, and the place of each row's prompt among all; None
+            where all rows are those of the empty prompt. Or the walk, where the pipeline is no
+            gather.
     """
 
+    first: int
     numbers: list[int]
-    calls: list[Rows | None] | Walk
+    calls: list[tuple[Rows, Tensor] | None] | Walk
 
 
 class VelocityGap:
@@ -130,7 +178,18 @@ class VelocityGap:
     Holds the trajectories and the distances to the empty prompt, so that each call costs one
     denoiser pass for each step and prompt, a third of the first one's.
 
-    Args: those of `velocity_gap`, without the student.
+    Args:
+        pipe: this and the following as for `velocity_gap`.
+        prompts: that the student wasn't trained on.
+        pipeline_kwargs: how the pipeline is called.
+        seed: of the noise.
+        batch_size: prompts that are walked together.
+        paint: keep the pictures in which the teacher's trajectories end. Each prompt's noise is
+            then that of `seed` alone, whatever its batch.
+
+    Attributes:
+        prompts: the prompts that are measured, each once.
+        images: if `paint`, the teacher's picture of each (of several for one, all of them).
     """
 
     def __init__(
@@ -141,20 +200,26 @@ class VelocityGap:
         pipeline_kwargs: Mapping[str, Any] | None = None,
         seed: int = 0,
         batch_size: int = 16,
+        paint: bool = False,
     ) -> None:
-        prompts = load_prompts(prompts, "prompts")
+        self.prompts = load_prompts(prompts, "prompts")
+        self.images: list[Image.Image] = []
         self._pipe = pipe
+        self._images_per_prompt = images_per_prompt(pipeline_kwargs or {})
         self._table = PromptTable()
         self._parts: list[_Part] = []
-        starts = range(0, len(prompts), batch_size)
+        starts = range(0, len(self.prompts), batch_size)
         for i, start in enumerate(tqdm(starts, desc="walk for the velocity gap", leave=False)):
+            batch = self.prompts[start : start + batch_size]
             walk = capture(
-                pipe, prompts[start : start + batch_size],
-                pipeline_kwargs=pipeline_kwargs, seed=seed + i, encode=self._table.teacher_rows,
+                pipe, batch, pipeline_kwargs=pipeline_kwargs,
+                seed=[seed] * len(batch) if paint else seed + i,
+                encode=self._table.teacher_rows, paint=paint,
             )  # fmt: skip
-            self._parts.append(self._part(walk))
+            self.images += walk.images
+            self._parts.append(self._part(walk, start))
         self._denominators = self._distances(self._empty_rows)
-        if not sum(self._denominators) > 0:
+        if not self._denominators.sum() > 0:
             raise DistillError(
                 "The denoiser predicts the same for these prompts as for an empty one, so that the "
                 "gap would divide by zero. Are the prompts empty, or the denoiser untrained?"
@@ -163,7 +228,12 @@ class VelocityGap:
 
     def __call__(self, student: nn.Module) -> float:
         """The gap of a student; its mode (train or eval) is as before when this returns."""
-        return self.report(student).gap
+        return self.table(student).gap
+
+    def table(self, student: nn.Module) -> GapTable:
+        """The gap of a student by prompt and call; its mode is as before when this returns."""
+        with evaluating(student):
+            return GapTable(self._distances(self._encoded_by(student)), self._denominators)
 
     def report(self, student: nn.Module, *, parts: bool = False) -> GapReport:
         """The gap of a student, by thirds of the trajectory, and its spread.
@@ -172,9 +242,15 @@ class VelocityGap:
             student: its mode (train or eval) is as before when this returns.
             parts: also measure real tokens and padding apart, for three times the denoiser passes.
         """
+        table = self.table(student)
+        apart = self.of_tokens(student) if parts else (None, None)
+        return GapReport(table.gap, table.of_thirds, self.spread(student), *apart)
 
-        def of_student(numbers: list[int]) -> Tensor:
-            return encode_prompts(student, self._table, numbers, self._device)
+    def of_tokens(self, student: nn.Module) -> tuple[float, float]:
+        """The gaps if only the rows of the prompts' own tokens are the student's, and if only those
+        of the padding are.
+        """
+        of_student = self._encoded_by(student)
 
         def mixed(real: bool) -> Callable[[list[int]], Tensor]:
             def rows(numbers: list[int]) -> Tensor:
@@ -185,50 +261,52 @@ class VelocityGap:
             return rows
 
         with evaluating(student):
-            distances = self._distances(of_student)
-            spread = self._spread(of_student)
-            apart = [sum(self._distances(mixed(real))) for real in (True, False) if parts]
-        whole = sum(self._denominators)
-        first, middle, last = (
-            d / denominator if denominator else None
-            for d, denominator in zip(distances, self._denominators, strict=True)
-        )
-        return GapReport(
-            sum(distances) / whole,
-            (first, middle, last),
-            math.sqrt(spread / self._teacher_spread) if self._teacher_spread else None,
-            *(distance / whole for distance in apart),
-        )
+            tables = [
+                GapTable(self._distances(mixed(real)), self._denominators) for real in (True, False)
+            ]
+        return tables[0].gap, tables[1].gap
+
+    def spread(self, student: nn.Module) -> float | None:
+        """See `GapReport`."""
+        if not self._teacher_spread:
+            return None
+        with evaluating(student):
+            return math.sqrt(self._spread(self._encoded_by(student)) / self._teacher_spread)
+
+    def _encoded_by(self, student: nn.Module) -> Callable[[list[int]], Tensor]:
+        return lambda numbers: encode_prompts(student, self._table, numbers, self._device)
 
     # --- distances ---
 
     @torch.no_grad()
-    def _distances(self, rows_of: Callable[[list[int]], Tensor]) -> list[float]:
-        """For each third of the trajectory, the sum over its rows of the squared distance to the
-        teacher's prediction, if the text is what `rows_of` says of prompts by number.
-        """
+    def _distances(self, rows_of: Callable[[list[int]], Tensor]) -> Tensor:
+        """(P, C), as in `GapTable`, if the text is what `rows_of` says of prompts by number."""
         loss = VelocityLoss()
-        totals = [0.0, 0.0, 0.0]
+        first = self._parts[0].calls
+        calls = len(first.denoiser_calls if isinstance(first, Walk) else first)
+        totals = torch.zeros(len(self.prompts), calls, dtype=torch.float64)
         for part in self._parts:
             replay = self._replay_walk if isinstance(part.calls, Walk) else self._replay_rows
-            for third, prediction, target in replay(part, rows_of):
-                totals[third] += loss(prediction, target).sum().item() * target[0].numel()
+            for i, places, prediction, target in replay(part, rows_of):
+                losses = loss(prediction, target).to("cpu", torch.float64)
+                totals[:, i].index_add_(0, places, losses * target[0].numel())
         return totals
 
     def _replay_rows(
         self, part: _Part, rows_of: Callable[[list[int]], Tensor]
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         assert not isinstance(part.calls, Walk)
         rows = rows_of(part.numbers)
-        places = {number: i for i, number in enumerate(part.numbers)}
-        for i, call in enumerate(part.calls):
-            if call is not None:
-                index = torch.tensor([places[n] for n in call.prompts], device=self._device)
-                yield 3 * i // len(part.calls), predict(self._pipe, call, rows[index]), call.target
+        index_of = {number: i for i, number in enumerate(part.numbers)}
+        for i, kept in enumerate(part.calls):
+            if kept is not None:
+                call, places = kept
+                index = torch.tensor([index_of[n] for n in call.prompts], device=self._device)
+                yield i, places, predict(self._pipe, call, rows[index]), call.target
 
     def _replay_walk(
         self, part: _Part, rows_of: Callable[[list[int]], Tensor]
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         walk = part.calls
         assert isinstance(walk, Walk)
 
@@ -238,10 +316,44 @@ class VelocityGap:
             empty = torch.tensor([n == self._empty for n in numbers], device=teacher.device)
             return torch.where(empty[:, None, None], teacher, rows_of(numbers))
 
-        calls = range(len(walk.denoiser_calls))
-        predictions = predict_through_pipeline(self._pipe, walk, encode, calls)
+        calls = walk.denoiser_calls
+        predictions = predict_through_pipeline(self._pipe, walk, encode, range(len(calls)))
         for i, prediction in predictions.items():
-            yield 3 * i // len(calls), prediction, walk.denoiser_calls[i].target
+            target = calls[i].target
+            yield i, self._places(part.first, walk, len(target)), prediction, target
+
+    def _places(self, first: int, walk: Walk, rows: int) -> Tensor:
+        """(R,), the place of each row's prompt among all.
+
+        Several images of a prompt stand together; the branches of guidance follow each other.
+        """
+        return first + torch.arange(rows) // self._images_per_prompt % len(walk.prompts)
+
+    def nearest_other(self, student: nn.Module) -> float | None:
+        """How far the student's rows of a prompt are from those of the nearest other one that was
+        walked with it, over the same of the teacher's, as a mean over the prompts; 0: a collapse
+        of each into another. None for a single prompt.
+        """
+        with evaluating(student):
+            of_student = self._nearest(self._encoded_by(student))
+        of_teacher = self._nearest(self._teacher_rows)
+        return (of_student / of_teacher).mean().item() if len(of_teacher) else None
+
+    @torch.no_grad()
+    def encode_first(self, encoder: Callable[..., Any]) -> Tensor:
+        """An encoder's rows (B, S, D) for the prompts that were walked first: to time it."""
+        return encode_prompts(encoder, self._table, self._parts[0].numbers, self._device)
+
+    @torch.no_grad()
+    def _nearest(self, rows_of: Callable[[list[int]], Tensor]) -> Tensor:
+        """(P,), of the prompts that were walked with others."""
+        nearest = []
+        for part in self._parts:
+            if len(part.numbers) > 1:
+                _, mask = self._table.batch(part.numbers, self._device)
+                distances = distances_between(rows_of(part.numbers), mask)
+                nearest.append(distances.fill_diagonal_(math.inf).amin(1).cpu())
+        return torch.cat(nearest) if nearest else torch.empty(0)
 
     @torch.no_grad()
     def _spread(self, rows_of: Callable[[list[int]], Tensor]) -> float:
@@ -257,7 +369,7 @@ class VelocityGap:
 
     # --- prompts ---
 
-    def _part(self, walk: Walk) -> _Part:
+    def _part(self, walk: Walk, first: int) -> _Part:
         self._empty, self._of_empty = self._encode_empty_prompt(walk)
         self._device = self._of_empty.device
         numbers = {
@@ -268,16 +380,16 @@ class VelocityGap:
         try:
             calls = split_walk(self._pipe, walk, self._table)
         except NotAGather:
-            return _Part(sorted(numbers - {self._empty}), walk)
-        kept = [self._prompted(call) for call in calls]
-        numbers = {number for call in kept if call is not None for number in call.prompts}
-        return _Part(sorted(numbers), kept)
+            return _Part(first, sorted(numbers - {self._empty}), walk)
+        kept = [self._prompted(call, self._places(first, walk, len(call))) for call in calls]
+        numbers = {number for call in kept if call is not None for number in call[0].prompts}
+        return _Part(first, sorted(numbers), kept)
 
-    def _prompted(self, rows: Rows) -> Rows | None:
+    def _prompted(self, rows: Rows, places: Tensor) -> tuple[Rows, Tensor] | None:
         kept = [i for i, n in enumerate(rows.prompts) if n not in (NO_PROMPT, self._empty)]
         if not kept:
             return None
-        return rows if len(kept) == len(rows) else rows.select(kept)
+        return (rows if len(kept) == len(rows) else rows.select(kept)), places[kept]
 
     def _teacher_rows(self, numbers: list[int]) -> Tensor:
         """(B, S, D), remembered."""

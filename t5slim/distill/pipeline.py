@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, get_args, get_type_hints
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import DistillError
@@ -175,6 +176,11 @@ def run_pipeline(
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(seeds[0])
         return call(generator=generator, output_type=output_type, **kwargs)
+
+
+def images_of(output: Any) -> tuple[Image.Image, ...]:
+    """The pictures in what a pipeline returned; none, of video and sound."""
+    return tuple(getattr(output, "images", None) or ())
 
 
 def teacher_of(pipe: Any) -> nn.Module:

@@ -20,6 +20,7 @@ from PIL import Image
 from .. import model_card
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError, HubAccessError
+from ..files import write_whole
 from .config import DistillConfig
 from .pipeline import DENOISERS, teacher_of
 from .prompts import PromptList, PromptSource
@@ -187,7 +188,7 @@ class Records:
             path.parent.mkdir(exist_ok=True)
             content = io.BytesIO()
             sheet.save(content, format="png")
-            _write(path, content.getvalue())
+            write_whole(path, content.getvalue())
 
     def save_student(self, student: SlimT5Encoder) -> None:
         """Write the student, as `SlimT5Encoder.from_pretrained` reads it."""
@@ -202,12 +203,12 @@ class Records:
         self._write_metadata(result.facts())
         plot_run(result.history, self._folder / PLOT_FILE)
         if sheets := sorted((self._folder / SAMPLES).glob("*.png")):
-            _write(self._folder / LAST_SAMPLES_FILE, sheets[-1].read_bytes())
+            write_whole(self._folder / LAST_SAMPLES_FILE, sheets[-1].read_bytes())
         path = self._folder / "README.md"
         card = ModelCard.load(path) if path.exists() else None
         name = self._folder.resolve().name
         card = model_card.write_facts(card, result.student, name, self._notes(result))
-        _write(path, str(card).encode())
+        write_whole(path, str(card).encode())
 
     def push(self, result: DistillResult, repo_id: str) -> None:
         """Upload the student to the Hub, with the facts and pictures of its model card.
@@ -243,13 +244,15 @@ class Records:
     def _write_history(self, entries: list[dict[str, Any]]) -> None:
         if self._folder is not None:
             lines = (json.dumps(entry) + "\n" for entry in entries)
-            _write(self._folder / HISTORY_FILE, "".join(lines).encode())
+            write_whole(self._folder / HISTORY_FILE, "".join(lines).encode())
 
     def _write_metadata(self, outcome: dict[str, Any]) -> None:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             content = {**self._facts, "result": outcome}
-            _write(self._folder / METADATA_FILE, (json.dumps(content, indent=2) + "\n").encode())
+            write_whole(
+                self._folder / METADATA_FILE, (json.dumps(content, indent=2) + "\n").encode()
+            )
 
 
 def _pipeline_facts(pipe: Any, pipeline_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -288,12 +291,6 @@ _COMPARED = ("prompts_per_update", "prompts", "eval_prompts")
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 100 else text[:97] + "..."
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _source(name_or_path: str | os.PathLike[str] | None) -> dict[str, str | None]:

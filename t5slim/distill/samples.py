@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..errors import DistillError
 from .calls import call_encoder
-from .pipeline import Encode, run_pipeline, teacher_of
+from .pipeline import Encode, images_of, run_pipeline, teacher_of
 from .states import evaluating
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Samples:
         self._prompts = list(prompts)
         self._kwargs = dict(pipeline_kwargs)
         self._seed = seed
-        self._teacher = self._paint(lambda forward, ids, mask: call_encoder(forward, ids, mask))
+        self._teacher = self._paint(call_encoder)
         self.pictures = bool(self._teacher)
         if not self.pictures:
             logger.warning(
@@ -70,23 +70,41 @@ class Samples:
         Returns:
             Each prompt, and under it the teacher's and the student's picture.
         """
-        dtype: Any = teacher_of(self._pipe).dtype
         with evaluating(student):
-            pictures = self._paint(lambda _, ids, mask: call_encoder(student, ids, mask).to(dtype))
+            pictures = self._paint(encoded_by(student, self._pipe))
         return side_by_side(self._prompts, {"teacher": self._teacher, name: pictures})
 
     def _paint(self, encode: Encode) -> list[Image.Image]:
         pictures = []
         for i, prompt in enumerate(tqdm(self._prompts, desc="sample pictures", leave=False)):
-            output = run_pipeline(
-                self._pipe, [prompt], self._kwargs, [self._seed + i], encode=encode,
-                denoise=lambda _, forward, kwargs: forward(**kwargs), output_type="pil",
-            )  # fmt: skip
-            images = getattr(output, "images", None)
+            images = paint(self._pipe, [prompt], self._kwargs, [self._seed + i], encode)
             if not images:
                 return []
             pictures.append(images[0])
         return pictures
+
+
+def paint(
+    pipe: Any,
+    prompts: Sequence[str],
+    pipeline_kwargs: Mapping[str, Any],
+    seeds: Sequence[int],
+    encode: Encode,
+) -> tuple[Image.Image, ...]:
+    """The pictures of a batch of prompts, each from the noise of its own seed, if T5's rows are
+    what `encode` returns; none, of pipelines for video and sound.
+    """
+    output = run_pipeline(
+        pipe, prompts, pipeline_kwargs, seeds, encode=encode,
+        denoise=lambda _, forward, kwargs: forward(**kwargs), output_type="pil",
+    )  # fmt: skip
+    return images_of(output)
+
+
+def encoded_by(student: nn.Module, pipe: Any) -> Encode:
+    """`encode`, for a student in the place of the pipeline's teacher."""
+    dtype: Any = teacher_of(pipe).dtype
+    return lambda _, ids, mask: call_encoder(student, ids, mask).to(dtype)
 
 
 def side_by_side(

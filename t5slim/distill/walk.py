@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..errors import DistillError
@@ -22,7 +23,7 @@ from .calls import (
     map_tensors,
     with_first_tensor,
 )
-from .pipeline import DENOISERS, Encode, check_no_cache, run_pipeline
+from .pipeline import DENOISERS, Encode, check_no_cache, images_of, run_pipeline
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class DenoiserCall:
 
 @dataclass(frozen=True)
 class Walk:
-    """The teacher's trajectories for a batch of prompts, and what it takes to walk them again."""
+    """The teacher's trajectories for a batch of prompts, what it takes to walk them again, and the
+    pictures in which they end, if these were asked for and the pipeline makes some.
+    """
 
     prompts: tuple[str, ...]
     pipeline_kwargs: dict[str, Any]
@@ -71,6 +74,7 @@ class Walk:
     zero_pooled: bool
     slot_calls: tuple[SlotCall, ...]
     denoiser_calls: tuple[DenoiserCall, ...]
+    images: tuple[Image.Image, ...] = ()
 
     @property
     def denoiser_rows(self) -> int:
@@ -87,8 +91,9 @@ def capture(
     zero_pooled: bool = False,
     encode: Encode | None = None,
     autocast_dtype: torch.dtype | None = None,
+    paint: bool = False,
 ) -> Walk:
-    """Run `pipe` on a batch of prompts and record its denoiser calls. No image is decoded.
+    """Run `pipe` on a batch of prompts and record its denoiser calls.
 
     Args:
         pipe: a pipeline with a T5 in its text slot.
@@ -104,6 +109,7 @@ def capture(
         autocast_dtype: run the denoiser, and nothing else, under autocast to this dtype. Its answer
             is cast back to the denoiser's own dtype, which schedulers would otherwise pass on to
             x_t.
+        paint: decode the pictures, which otherwise nothing is.
 
     Returns:
         The `Walk`. The pipeline is as it was.
@@ -136,9 +142,10 @@ def capture(
         denoiser_calls.append(DenoiserCall(name, recorded, with_first_tensor(output, target)))
         return output
 
-    run_pipeline(
+    output = run_pipeline(
         pipe, prompts, pipeline_kwargs or {}, seed,
         encode=record_encoder, denoise=record_denoiser, zero_pooled=zero_pooled,
+        output_type="pil" if paint else "latent",
     )  # fmt: skip
     if not denoiser_calls or not slot_calls:
         raise DistillError(
@@ -147,5 +154,5 @@ def capture(
         )
     return Walk(
         tuple(prompts), dict(pipeline_kwargs or {}), seed, zero_pooled,
-        tuple(slot_calls), tuple(denoiser_calls),
+        tuple(slot_calls), tuple(denoiser_calls), images_of(output) if paint else (),
     )  # fmt: skip

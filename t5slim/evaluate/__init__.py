@@ -1,0 +1,21 @@
+"""What a student costs: the same prompts under the teacher and under students, side by side."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compare import compare
+    from .comparison import Comparison
+
+_MODULES = {"Comparison": "comparison", "compare": "compare"}
+
+__all__ = ["Comparison", "compare"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
