@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import distill as distill
     from . import evaluate as evaluate
     from .patch import patch_pipeline, unpatch_pipeline
+    from .published import students
 
 __all__ = [
     "AlreadyPatchedError",
@@ -43,12 +44,17 @@ __all__ = [
     "SlimT5Encoder",
     "T5SlimError",
     "patch_pipeline",
+    "students",
     "unpatch_pipeline",
 ]
 
 # Resolved on first use (PEP 562), so that `import t5slim` loads neither diffusers nor the trainer.
 _PACKAGES = ("distill", "evaluate")
-_LAZY = {"patch_pipeline": "t5slim.patch", "unpatch_pipeline": "t5slim.patch"}
+_LAZY = {
+    "patch_pipeline": "t5slim.patch",
+    "students": "t5slim.published",
+    "unpatch_pipeline": "t5slim.patch",
+}
 
 
 def __getattr__(name: str) -> Any:

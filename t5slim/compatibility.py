@@ -11,11 +11,11 @@ from .checkpoint import Source
 from .config import SlimT5Config
 from .encoder import SlimT5Encoder
 from .errors import IncompatibleStudentError
+from .published import students
 from .slot import component_types, denoiser_text_width, find_text_slot, uncompiled
 
 Student = SlimT5Encoder | str | os.PathLike[str]
 
-PUBLISHED_FLUX_STUDENT = "LifuWang/DistillT5"
 _PUBLISHED_FLUX_WIDTH = 4096
 
 
@@ -66,7 +66,7 @@ def published_student(pipe: Any, width: int | None = None) -> str:
     transformer = component_types(pipe).get("transformer")
     is_flux = re.search(r"\bFluxTransformer2DModel\b", str(transformer)) is not None
     if is_flux and width in (None, _PUBLISHED_FLUX_WIDTH):
-        return PUBLISHED_FLUX_STUDENT
+        return students()[0].repo_id
     reads = "" if width is None else f", whose denoiser takes rows of width {width}"
     raise IncompatibleStudentError(
         f"no student is published for {cls.__name__}{reads}. Pass one as `student`: a "

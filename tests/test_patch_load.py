@@ -30,6 +30,7 @@ from t5slim import (
     PatchError,
     SlimT5Encoder,
     patch_pipeline,
+    students,
     unpatch_pipeline,
 )
 
@@ -182,6 +183,15 @@ def test_the_published_student_is_the_default(hub, tmp_path):
     for pipe in (by_class, in_place):
         assert pipe.text_encoder_2.config.name_or_path == "LifuWang/DistillT5"
         assert paint(pipe).isfinite().all()
+
+
+def test_what_is_said_of_the_published_students():
+    for student in students():
+        with torch.device("meta"):
+            size = student.architecture.removeprefix("T5-")
+            built = SlimT5Encoder(SlimT5Encoder.config_class.preset(size))
+        assert built.num_parameters() == student.parameters
+    assert len({student.repo_id for student in students()}) == 2
 
 
 def test_a_patched_pipeline_on_the_hub(hub, folders):
