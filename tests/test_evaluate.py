@@ -18,7 +18,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_ltx, tiny_sd3, tiny_student
+from tiny import (
+    PROMPTS,
+    TINY_PIPELINES,
+    call_kwargs,
+    t5_encoder,
+    tiny_flux,
+    tiny_ltx,
+    tiny_sd3,
+    tiny_student,
+    umt5_encoder,
+)
 
 from t5slim import (
     EvaluateError,
@@ -30,9 +40,11 @@ from t5slim import (
 from t5slim.distill import VelocityGap, cache_teacher, cached_teacher, free_teacher
 from t5slim.distill.cached import CachedTeacher
 from t5slim.distill.pipeline import teacher_of
-from t5slim.evaluate import Comparison, compare
+from t5slim.evaluate import Comparison, compare, lens
 from t5slim.evaluate.__main__ import main
 from t5slim.evaluate.distances import standard_distances
+from t5slim.evaluate.layers import rows_after
+from t5slim.slot import find_text_slot
 
 
 def brightness(image: Image.Image, prompt: str) -> dict[str, Any]:
@@ -281,6 +293,64 @@ def test_without_torchmetrics_it_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
     with pytest.raises(EvaluateError, match=r"pip install 't5slim\[evaluate\]'"):
         compared(tiny_flux(), None)
+
+
+# --- the layers of an encoder ---
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "chroma"])
+def test_the_last_layer_paints_what_the_whole_encoder_does(name: str) -> None:
+    pipe = TINY_PIPELINES[name]()
+    student = tiny_student(pipe, num_layers=3)
+    kwargs = call_kwargs(pipe)
+    seen = lens(pipe, PROMPTS[1], {"mine": student}, seed=5, pipeline_kwargs=kwargs)
+    assert seen.layers == {"teacher": [0, 1, 2], "mine": [0, 1, 2, 3]}
+    for encoder in ("teacher", "mine"):
+        if encoder == "mine":
+            patch_pipeline(pipe, student, keep_teacher=True)
+        generator = torch.Generator().manual_seed(5)
+        image = pipe(PROMPTS[1], generator=generator, **kwargs | {"output_type": "pil"}).images[0]
+        assert np.array_equal(seen.images[encoder][-1], image)
+        assert not np.array_equal(seen.images[encoder][0], image)
+    columns = seen.sheet().width / seen.images["mine"][0].width
+    assert columns > 4
+    # Of a patched pipeline, its own student; and the layers that are asked for.
+    own = lens(pipe, PROMPTS[1], layers=(0, 3, -1), seed=5, pipeline_kwargs=kwargs)
+    assert own.layers == {"teacher": [0, 2], "student 1": [0, 3, 3]}
+    assert np.array_equal(own.images["student 1"][0], seen.images["mine"][0])
+    assert getattr(pipe, find_text_slot(pipe).name) is student
+
+
+@pytest.mark.parametrize("encoder_type", ["t5", "umt5"])
+def test_rows_after_a_layer(encoder_type: str) -> None:
+    teacher = (t5_encoder if encoder_type == "t5" else umt5_encoder)().eval()
+    student = tiny_student(tiny_flux(), num_layers=2, encoder_type=encoder_type)
+    ids = torch.arange(3, 15).view(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    for encoder in (teacher, student):
+        stack = encoder.encoder.encoder if encoder is student else encoder.encoder
+        projection = encoder.final_projection if encoder is student else torch.nn.Identity()
+        with torch.no_grad():
+            words = projection(stack.final_layer_norm(stack.embed_tokens(ids)))
+            whole = encoder(ids, attention_mask=mask)[0]
+            kept = stack.block
+            stack.block = kept[:1]
+            first = encoder(ids, attention_mask=mask)[0]
+            stack.block = kept
+        assert torch.equal(rows_after(encoder, 0, ids, mask), words)
+        assert torch.equal(rows_after(encoder, 1, ids, mask), first)
+        assert torch.equal(rows_after(encoder, 2, ids, mask), whole)
+
+
+def test_a_lens_says_what_it_cannot_look_into() -> None:
+    pipe = tiny_flux()
+    with pytest.raises(EvaluateError, match=r"layers is \[9\]; a T5EncoderModel has 0 to 2"):
+        lens(pipe, PROMPTS[0], layers=[9])
+    with pytest.raises(EvaluateError, match="A Linear has no layers of a T5"):
+        lens(pipe, PROMPTS[0], {"x": torch.nn.Linear(2, 2)})
+    with pytest.raises(EvaluateError, match="makes no pictures"):
+        lens(tiny_ltx(), PROMPTS[0], layers=[0], pipeline_kwargs=call_kwargs(tiny_ltx()))
 
 
 # --- what is shown ---

@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compare import compare
     from .comparison import Comparison
+    from .layers import Lens, lens
+    from .measure import compare
 
-_MODULES = {"Comparison": "comparison", "compare": "compare"}
+_MODULES = {"Comparison": "comparison", "Lens": "layers", "compare": "measure", "lens": "layers"}
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "Lens", "compare", "lens"]
 
 
 def __getattr__(name: str) -> Any:

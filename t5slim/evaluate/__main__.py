@@ -15,7 +15,7 @@ import torch
 from ..distill.sources import PipelineSource
 from ..distill.yaml_file import change
 from ..errors import T5SlimError
-from .compare import compare
+from .measure import compare
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

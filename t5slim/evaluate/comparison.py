@@ -195,7 +195,7 @@ class Comparison:
         return f"<pre>{html.escape(str(self))}</pre>"
 
     def _repr_png_(self) -> bytes:
-        return _png(self.sheet(limit=4))
+        return png(self.sheet(limit=4))
 
     # --- as pictures ---
 
@@ -266,7 +266,7 @@ class Comparison:
         writer.writeheader()
         writer.writerows(records)
         write_whole(folder / "comparison.csv", table.getvalue().encode())
-        write_whole(folder / "comparison.png", _png(self.sheet()))
+        write_whole(folder / "comparison.png", png(self.sheet()))
         write_whole(folder / "comparison.html", page(self).encode())
         return folder / "comparison.html"
 
@@ -291,7 +291,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _png(picture: Image.Image) -> bytes:
+def png(picture: Image.Image) -> bytes:
+    """The picture as a file."""
     content = io.BytesIO()
     picture.save(content, "PNG")
     return content.getvalue()

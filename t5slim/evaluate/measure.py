@@ -7,8 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..compatibility import check_compatible, is_student, student_config
+from ..compatibility import check_compatible, student_config
 from ..distill.cached import CachedTeacher, describe_teacher, fingerprint
 from ..distill.checks import check_student
 from ..distill.metrics import VelocityGap
@@ -31,13 +30,11 @@ from ..distill.tracking import peak_memory_gib, reset_peak_memory
 from ..encoder import SlimT5Encoder
 from ..errors import EvaluateError
 from ..files import write_whole
-from ..patch import patch_pipeline, unpatch_pipeline
-from ..slot import find_text_slot
 from .comparison import TEACHER, Comparison, Unit
 from .distances import Distance, standard_distances
+from .loaded import Loaded, Students, named_students, size_of, teacher_in_slot
 
 Judge = Callable[[Image.Image, str], Mapping[str, float]]
-Students = Any  # a student, several, or several by name
 _TIMED = 3  # of which the fastest counts
 
 
@@ -102,8 +99,8 @@ def compare(
     if not seeds or len(set(seeds)) < len(seeds):
         raise EvaluateError(f"seeds is {list(seeds)}; expected one or more, each once.")
     kwargs = dict(pipeline_kwargs or {})
-    with _teacher_in_slot(pipe) as guest:
-        named = _named(guest if students is None else students)
+    with teacher_in_slot(pipe) as guest:
+        named = named_students(guest if students is None else students)
         check_pipeline_kwargs(pipe, kwargs)
         check_no_cache(pipe)
         if images_per_prompt(kwargs) > 1:
@@ -113,7 +110,7 @@ def compare(
                 check_compatible(student_config(student), pipe)
             if isinstance(student, nn.Module):
                 check_student(pipe, student)
-        with _Loaded(pipe, named) as loaded:
+        with Loaded(pipe, named) as loaded:
             facts = _facts(pipe, texts, kwargs, loaded, sorted(distances), judge, tokens)
             store = _Store(output_dir, facts)
             for seed in tqdm(seeds, desc="compare", unit="seed"):
@@ -166,13 +163,13 @@ class _Measure:
         teacher: Any = teacher_of(self._pipe)
         costs: dict[str, float | None] = {}
         if not isinstance(teacher, CachedTeacher):
-            costs = _size(teacher) | {"encode_ms": self._encode_ms(teacher)} | self._teacher_costs
+            costs = size_of(teacher) | {"encode_ms": self._encode_ms(teacher)} | self._teacher_costs
         prompts = [
             self._judged(*pair) for pair in zip(self._gap.images, self._prompts, strict=True)
         ]
         return Unit(TEACHER, self._seed, prompts, costs=costs), self._gap.images
 
-    def student(self, name: str, loaded: _Loaded, tokens: bool) -> tuple[Unit, list[Image.Image]]:
+    def student(self, name: str, loaded: Loaded, tokens: bool) -> tuple[Unit, list[Image.Image]]:
         student = loaded.students[name]
         reset_peak_memory(self._device)
         with evaluating(student):
@@ -222,37 +219,6 @@ class _Measure:
     def _peak(self) -> float | None:
         """Where the device counts it; a process' own memory never falls."""
         return None if self._device.type == "cpu" else peak_memory_gib(self._device)
-
-
-class _Loaded:
-    """The students, on the pipeline's device; afterwards where they were."""
-
-    def __init__(self, pipe: Any, named: Mapping[str, Any]) -> None:
-        self.students: dict[str, nn.Module] = {}
-        self.costs: dict[str, dict[str, float | None]] = {}
-        self._pipe, self._named = pipe, named
-        self._places: list[tuple[nn.Module, torch.device]] = []
-
-    def __enter__(self) -> _Loaded:
-        dtype: Any = teacher_of(self._pipe).dtype
-        device = torch.device(self._pipe._execution_device)
-        for name, given in self._named.items():
-            student = given
-            costs: dict[str, float | None] = {}
-            if not isinstance(given, nn.Module):
-                start = time.perf_counter()
-                student = SlimT5Encoder.from_pretrained(given, dtype=dtype)
-                costs["load_s"] = time.perf_counter() - start
-            place = next(student.parameters()).device
-            if place != device and isinstance(given, nn.Module):
-                self._places.append((student, place))
-            self.students[name] = student.to(device)
-            self.costs[name] = _size(student) | costs
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for student, place in self._places:
-            student.to(place)
 
 
 class _Store:
@@ -319,54 +285,6 @@ class _Store:
 # --- what was asked for ---
 
 
-@contextmanager
-def _teacher_in_slot(pipe: Any) -> Iterator[nn.Module | None]:
-    """Yields the student that was in the pipeline, while the teacher is; None, if none was."""
-    guest = getattr(pipe, find_text_slot(pipe).name)
-    if not is_student(guest):
-        yield None
-        return
-    unpatch_pipeline(pipe)
-    try:
-        yield guest
-    finally:
-        patch_pipeline(pipe, guest, keep_teacher=True)
-
-
-def _named(students: Students) -> dict[str, Any]:
-    if students is None:
-        raise EvaluateError("There are no students to compare, and none is in the pipeline.")
-    if isinstance(students, Mapping):
-        named = dict(students)
-    else:
-        one = isinstance(students, (str, os.PathLike, nn.Module))
-        given = [students] if one else list(students)
-        names = [_name(student) or f"student {i}" for i, student in enumerate(given, start=1)]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise EvaluateError(
-                f"Several students are called {', '.join(sorted(twice))}: pass a mapping of names "
-                "to students."
-            )
-        named = dict(zip(names, given, strict=True))
-    if not named or TEACHER in named:
-        what = f"called {TEACHER!r}, as what they are compared with" if named else "given"
-        raise EvaluateError(f"students: {'one is' if named else 'none is'} {what}.")
-    for name, student in named.items():
-        if not isinstance(student, (str, os.PathLike, nn.Module)):
-            raise EvaluateError(
-                f"student {name!r} is a {type(student).__name__}; expected an encoder, or the "
-                "folder or Hub id of a student."
-            )
-    return named
-
-
-def _name(student: Any) -> str:
-    if isinstance(student, nn.Module):
-        student = getattr(getattr(student, "config", None), "name_or_path", None) or ""
-    return os.path.basename(os.fspath(student).rstrip("/"))
-
-
 def _categorised(prompts: Any) -> tuple[list[str], list[str | None]]:
     """Prompts, each once, and the category of each."""
     if prompts is None:
@@ -389,7 +307,7 @@ def _facts(
     pipe: Any,
     prompts: list[str],
     kwargs: dict[str, Any],
-    loaded: _Loaded,
+    loaded: Loaded,
     distances: list[str],
     judge: Judge | None,
     tokens: bool,
@@ -408,14 +326,3 @@ def _facts(
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
     return json.loads(json.dumps(facts, default=repr))
-
-
-def _size(module: nn.Module) -> dict[str, float | None]:
-    tensors = list(module.parameters())
-    folder = getattr(getattr(module, "config", None), "name_or_path", None) or ""
-    files = list(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else []
-    return {
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "weights_mib": sum(tensor.nbytes for tensor in tensors) / 2**20,
-        "disk_mib": sum(file.stat().st_size for file in files) / 2**20 if files else None,
-    }

@@ -1,0 +1,119 @@
+"""The students that are looked at: by name, on the pipeline's device, beside its teacher."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compatibility import is_student
+from ..distill.pipeline import teacher_of
+from ..encoder import SlimT5Encoder
+from ..errors import EvaluateError
+from ..patch import patch_pipeline, unpatch_pipeline
+from ..slot import find_text_slot
+from .comparison import TEACHER
+
+Students = Any  # a student, several, or several by name
+
+
+@contextmanager
+def teacher_in_slot(pipe: Any) -> Iterator[nn.Module | None]:
+    """Yields the student that was in the pipeline, while the teacher is; None, if none was."""
+    guest = getattr(pipe, find_text_slot(pipe).name)
+    if not is_student(guest):
+        yield None
+        return
+    unpatch_pipeline(pipe)
+    try:
+        yield guest
+    finally:
+        patch_pipeline(pipe, guest, keep_teacher=True)
+
+
+def named_students(students: Students) -> dict[str, Any]:
+    """Students by name.
+
+    Raises:
+        EvaluateError: none, two of one name, one named as the teacher, or something else.
+    """
+    if students is None:
+        raise EvaluateError("There are no students to compare, and none is in the pipeline.")
+    if isinstance(students, Mapping):
+        named = dict(students)
+    else:
+        one = isinstance(students, (str, os.PathLike, nn.Module))
+        given = [students] if one else list(students)
+        names = [_name(student) or f"student {i}" for i, student in enumerate(given, start=1)]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise EvaluateError(
+                f"Several students are called {', '.join(sorted(twice))}: pass a mapping of names "
+                "to students."
+            )
+        named = dict(zip(names, given, strict=True))
+    if not named or TEACHER in named:
+        what = f"called {TEACHER!r}, as what they are compared with" if named else "given"
+        raise EvaluateError(f"students: {'one is' if named else 'none is'} {what}.")
+    for name, student in named.items():
+        if not isinstance(student, (str, os.PathLike, nn.Module)):
+            raise EvaluateError(
+                f"student {name!r} is a {type(student).__name__}; expected an encoder, or the "
+                "folder or Hub id of a student."
+            )
+    return named
+
+
+def _name(student: Any) -> str:
+    if isinstance(student, nn.Module):
+        student = getattr(getattr(student, "config", None), "name_or_path", None) or ""
+    return os.path.basename(os.fspath(student).rstrip("/"))
+
+
+class Loaded:
+    """The students, on the pipeline's device; afterwards where they were."""
+
+    def __init__(self, pipe: Any, named: Mapping[str, Any]) -> None:
+        self.students: dict[str, nn.Module] = {}
+        self.costs: dict[str, dict[str, float | None]] = {}
+        self._pipe, self._named = pipe, named
+        self._places: list[tuple[nn.Module, torch.device]] = []
+
+    def __enter__(self) -> Loaded:
+        dtype: Any = teacher_of(self._pipe).dtype
+        device = torch.device(self._pipe._execution_device)
+        for name, given in self._named.items():
+            student = given
+            costs: dict[str, float | None] = {}
+            if not isinstance(given, nn.Module):
+                start = time.perf_counter()
+                student = SlimT5Encoder.from_pretrained(given, dtype=dtype)
+                costs["load_s"] = time.perf_counter() - start
+            place = next(student.parameters()).device
+            if place != device and isinstance(given, nn.Module):
+                self._places.append((student, place))
+            self.students[name] = student.to(device)
+            self.costs[name] = size_of(student) | costs
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for student, place in self._places:
+            student.to(place)
+
+
+def size_of(module: nn.Module) -> dict[str, float | None]:
+    """What an encoder takes in memory, and on disk if it came from a folder."""
+    tensors = list(module.parameters())
+    folder = getattr(getattr(module, "config", None), "name_or_path", None) or ""
+    files = list(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else []
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "weights_mib": sum(tensor.nbytes for tensor in tensors) / 2**20,
+        "disk_mib": sum(file.stat().st_size for file in files) / 2**20 if files else None,
+    }
