@@ -30,7 +30,8 @@ POINTS = 8  # of a curve
 # A quarter of the paper's: in so short a run four times as many updates count for more.
 BATCH = 8
 WAYS = [
-    "paper", "paper-1e-3", "three-stage", "velocity", "mixture", "embedding", "defaults",
+    "paper", "paper-1e-3", "three-stage",
+    "velocity", "embedding", "sequence", "mixture", "defaults",
 ]  # fmt: skip
 
 
@@ -113,14 +114,17 @@ def way(name: str, updates: int, seed: int) -> tuple[DistillConfig, list[str] | 
             # At its start, the gradient of velocity is about ten times as long.
             objective = {"velocity": 1, "embedding": 10}
             return DistillConfig(objective=objective, **through), prompts
+        case "sequence":
+            # The first half asks the denoiser nothing, and comes on top.
+            objective = {"embedding": {"until": 0.5}, "velocity": {"start": 0.5}}
+            longer = {"max_steps": 2 * updates}
+            return DistillConfig(objective=objective, **through | longer), prompts
         case "embedding":
             # Eight of its updates, which ask the denoiser nothing, take the time of one through it.
             longer = {"max_steps": 8 * updates, "eval_every": 8 * updates // POINTS}
             return DistillConfig(objective="embedding", **through | longer), prompts
         case _:
-            # The warm-up asks the denoiser nothing, and comes on top.
-            share = DistillConfig(max_steps=1000).terms["velocity"].start / 1000
-            return DistillConfig(**through | {"max_steps": round(updates / (1 - share))}), prompts
+            return DistillConfig(**through), prompts
 
 
 def curve(result: DistillResult, unit: str) -> list[tuple[float, float]]:

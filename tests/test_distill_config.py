@@ -74,8 +74,15 @@ def test_settings_survive_json() -> None:
 
 
 def test_turns_may_be_shares_of_the_run() -> None:
-    terms = DistillConfig(max_steps=500).terms
+    objective = {"embedding": {"until": 0.5}, "velocity": {"start": 0.5}}
+    terms = DistillConfig(max_steps=500, objective=objective).terms
     assert terms["embedding"].until == terms["velocity"].start == 250
     assert terms["embedding"].weight_at(0) == 1 and terms["velocity"].weight_at(249) == 0
-    short = DistillConfig(max_steps=2).terms
+    short = DistillConfig(max_steps=2, objective=objective).terms
     assert short["velocity"].weight_at(1) == 1 and short["embedding"].weight_at(1) == 0
+
+
+def test_by_default_velocity_is_there_from_the_start_and_alone_in_the_end() -> None:
+    terms = DistillConfig(max_steps=500).terms
+    assert [terms["velocity"].weight_at(update) for update in (0, 249, 499)] == [1, 1, 1]
+    assert [terms["embedding"].weight_at(update) for update in (0, 125, 250, 499)] == [10, 5, 0, 0]

@@ -24,7 +24,9 @@ class Term:
         weight: of the term in the sum, its highest.
         start: the first update in which it counts.
         until: from `start` on, the weight falls linearly to zero at this update; None: it stays.
-            In a `DistillConfig`, both may be shares of `max_steps`, such as 0.5.
+            In a `DistillConfig`, both may be shares of `max_steps`, such as 0.5. Let terms overlap:
+            at a turn from one to another, Adam divides gradients of one size by the moments of
+            another, and its first steps undo what was learned.
     """
 
     weight: float = 1.0
@@ -41,7 +43,7 @@ class Term:
 
 
 def _warm_up() -> dict[str, Any]:
-    return {"embedding": {"until": 0.5}, "velocity": {"start": 0.5}}
+    return {"velocity": 1, "embedding": {"weight": 10, "until": 0.5}}
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class DistillConfig:
             "embedding": the text rows (`EmbeddingLoss`), with no denoiser pass at all;
             "relational": the distances between the prompts of a batch (`RelationalLoss`). Or a
             weighted sum, `{"velocity": 1, "embedding": 0.1}`, whose weights may change as training
-            goes on (see `Term`). The default warms up on embeddings, which asks the denoiser
-            nothing, for half of the updates: from a fresh start, velocity alone finds no way for
-            long (docs/log.md).
+            goes on (see `Term`). The default is velocity, led by embeddings with a weight that
+            falls from 10 to 0 over half of the updates: from a fresh start, velocity alone finds no
+            way for long (docs/log.md).
         trajectory_weights: weights of the first, middle and last third of the trajectory in the
             loss; the velocity gap is reported by the same thirds.
         max_steps: updates of the student.
