@@ -5,7 +5,7 @@
 Measured side by side in one run, in turns, each a whole call: a bare loop that does nothing but the
 same passes of teacher, denoiser and student; and `t5slim.distill.train` with one student and with
 three, on velocity alone, on velocity with two walked rows for each that is replayed (`reuse=0.5`),
-and as by default, with a warm-up and a held-out prompt.
+and as by default, with a held-out prompt.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from shapes_world.painting import BF16, CALL, captions, load_pipeline
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from t5slim.distill import DistillConfig, train
+from t5slim.distill import train
 from t5slim.distill.calls import autocast
 from t5slim.distill.states import cpu_attention
 
 DTYPE = torch.bfloat16 if BF16 else None
 SERIES = 3
-WARM_UP = DistillConfig(max_steps=1000).terms["velocity"].start / 1000  # asks the denoiser nothing
 KINDS: dict[str, dict[str, Any]] = {
     "velocity": {"objective": "velocity"},
     "velocity, reuse 0.5": {"objective": "velocity", "reuse": 0.5},
@@ -53,11 +52,7 @@ def main() -> None:
     held_out = captions(1, held_out=True)[1][:1]
 
     def trained(students: int, changes: dict[str, Any]) -> None:
-        share = 0.0 if changes else WARM_UP
-        config = settings(
-            max_steps=round(walked / (1 - share)), batch_size=batch, empty_prompt_share=0.0,
-            **changes,
-        )  # fmt: skip
+        config = settings(max_steps=walked, batch_size=batch, empty_prompt_share=0.0, **changes)
         train(
             pipe, [fresh_student(seed) for seed in range(students)], prompts, config,
             pipeline_kwargs=CALL, eval_prompts=None if changes else held_out,

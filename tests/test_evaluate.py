@@ -258,7 +258,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path: Path) -> None:
         (None, {}, "none is in the pipeline"),
         ([], {}, "none is given"),
         ({"teacher": "x"}, {}, "called 'teacher'"),
-        (["a/student", "b/student"], {}, "Several students are called student"),
+        (["a/student", "a/student"], {}, "Several students are called a/student"),
         ({"x": 3}, {}, "'x' is a int; expected an encoder"),
         ("mine", {"seeds": ()}, r"seeds is \[\]"),
         ("mine", {"seeds": (1, 1)}, "each once"),
@@ -454,17 +454,17 @@ def test_from_the_command_line(
     pipe = tiny_flux()
     pipe.save_pretrained(tmp_path / "pipe")
     for seed in (1, 2):
-        tiny_student(pipe, seed=seed).save_pretrained(tmp_path / f"student-{seed}")
+        tiny_student(pipe, seed=seed).save_pretrained(tmp_path / str(seed) / "student")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]))
     monkeypatch.chdir(tmp_path)
     kwargs = [f"{key}={json.dumps(value)}" for key, value in call_kwargs(pipe).items()]
     arguments = [
-        "--pipeline", "pipe", "--students", "student-1", "student-2", "--prompts", "prompts.txt",
+        "--pipeline", "pipe", "--students", "1/student", "2/student", "--prompts", "prompts.txt",
         "--out", "out", "--dtype", "float32", "--device", "cpu", *kwargs,
     ]  # fmt: skip
     main(arguments)
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0].split() == ["teacher", "student-1", "student-2"]
+    assert printed.splitlines()[0].split() == ["teacher", "1/student", "2/student"]
     assert "weights on disk" in printed and (tmp_path / "out" / "comparison.html").exists()
     with pytest.raises(SystemExit, match="another students"):
         main([*arguments[:3], *arguments[4:]])

@@ -51,6 +51,8 @@ def named_students(students: Students) -> dict[str, Any]:
         one = isinstance(students, (str, os.PathLike, nn.Module))
         given = [students] if one else list(students)
         names = [_name(student) or f"student {i}" for i, student in enumerate(given, start=1)]
+        if len(set(names)) < len(names):
+            names = [_place(student) or name for student, name in zip(given, names, strict=True)]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise EvaluateError(
@@ -71,9 +73,14 @@ def named_students(students: Students) -> dict[str, Any]:
 
 
 def _name(student: Any) -> str:
-    if isinstance(student, nn.Module):
-        student = getattr(getattr(student, "config", None), "name_or_path", None) or ""
-    return os.path.basename(os.fspath(student).rstrip("/"))
+    return os.path.basename(_place(student).rstrip("/"))
+
+
+def _place(student: Any) -> str:
+    """The folder or Hub id that it comes from; of one that comes from nowhere, nothing."""
+    if isinstance(student, (str, os.PathLike)):
+        return os.fspath(student)
+    return getattr(getattr(student, "config", None), "name_or_path", None) or ""
 
 
 class Loaded:
