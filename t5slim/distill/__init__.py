@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .cached import cache_teacher, cached_teacher, free_teacher
     from .config import DistillConfig, Term
     from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
-    from .metrics import GapReport, VelocityGap, velocity_gap
+    from .metrics import GapReport, GapTable, VelocityGap, velocity_gap
     from .plan import Plan, make_plan
     from .prompts import (
         GeneratedPrompts,
@@ -35,6 +35,7 @@ _MODULES = {
     "RelationalLoss": "losses",
     "Term": "config",
     "GapReport": "metrics",
+    "GapTable": "metrics",
     "GeneratedPrompts": "prompts",
     "Plan": "plan",
     "PromptList": "prompts",
@@ -60,6 +61,7 @@ __all__ = [
     "DistillRun",
     "EmbeddingLoss",
     "GapReport",
+    "GapTable",
     "GeneratedPrompts",
     "Plan",
     "PromptList",

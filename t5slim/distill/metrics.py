@@ -216,6 +216,12 @@ class VelocityGap:
                 seed=[seed] * len(batch) if paint else seed + i,
                 encode=self._table.teacher_rows, paint=paint,
             )  # fmt: skip
+            if paint and len(walk.images) != len(batch):
+                raise DistillError(
+                    f"{type(pipe).__name__} made {len(walk.images)} pictures of {len(batch)} "
+                    "prompts. Where there are none, as of video and sound, VelocityGap measures "
+                    "without paint."
+                )
             self.images += walk.images
             self._parts.append(self._part(walk, start))
         self._denominators = self._distances(self._empty_rows)
