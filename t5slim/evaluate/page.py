@@ -146,7 +146,8 @@ tr > :first-child { text-align: left; } th { font-weight: 600; }
 #prompts thead th { position: sticky; top: 0; background: #fff; cursor: pointer; }
 #prompts thead th[aria-sort=ascending]::after { content: " \\25b2"; }
 #prompts thead th[aria-sort=descending]::after { content: " \\25bc"; }
-td.text { max-width: 20rem; white-space: pre-wrap; }
+td.text { min-width: 12rem; max-width: 20rem; white-space: pre-wrap; }
+#prompts thead th { min-width: 6.5rem; max-width: 10rem; overflow-wrap: anywhere; }
 img { max-width: 192px; display: block; margin-left: auto; }
 img.pixels { width: 128px; image-rendering: pixelated; }
 svg text { font: 12px system-ui, sans-serif; fill: #555; }
