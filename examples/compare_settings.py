@@ -161,8 +161,9 @@ def plot(results: dict[str, DistillResult], path: Path) -> None:
     axes = figure.add_subplot()
     for name, result in results.items():
         points = curve(result, "passes")
-        if points[-1][0]:
-            axes.plot(*zip(*points, strict=True), label=name, marker=".")
+        walked = [point for point in points if point[0]]
+        if walked:
+            axes.plot(*zip(*walked, strict=True), label=name, marker=".")
         else:
             axes.axhline(points[-1][1], label=f"{name}, no passes", color="gray", linestyle="--")
     axes.set(xlabel="denoiser passes", ylabel="velocity gap", yscale="log")
