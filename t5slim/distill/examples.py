@@ -320,19 +320,22 @@ class Examples:
             "student_rows": self.student_rows,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], walk: bool = True) -> None:
         """Go on from `state`; the trajectories that were in the reservoir are walked again.
 
         They are bitwise what they were, and needn't be saved: 256 walks of FLUX at 512 pixels would
         be 1.3 GB with each checkpoint.
+
+        Args:
+            state: from `state`.
+            walk: False: nothing will be drawn any more, as the run was finished.
         """
         for name in _COUNTERS:
             setattr(self, f"_{name}", state[name])
         self._updates.extend(state["updates"])
         rounds = range(self._rounds - len(self._updates), self._rounds)
-        for round_, update in tqdm(
-            list(zip(rounds, self._updates, strict=True)), "walk again", leave=False
-        ):
+        again = list(zip(rounds, self._updates, strict=True)) if walk else []
+        for round_, update in tqdm(again, "walk again", leave=False):
             self._walks.append([self._walk(round_, update, lanes) for lanes in self._groups])
         self.teacher_rows, self.student_rows = state["teacher_rows"], state["student_rows"]
 

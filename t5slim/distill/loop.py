@@ -170,8 +170,9 @@ class Loop:
             result = self._results[i]
             result.history = self.records[i].resume_history(checkpoint.step)
             result.restore(counters["results"][i])
+        finished = self._step >= self._config.max_steps or self._out_of_time()
         for lesson, state in zip(self._lessons, counters["examples"], strict=True):
-            lesson.examples.restore(state)
+            lesson.examples.restore(state, walk=not finished)
 
     # --- one update ---
 
