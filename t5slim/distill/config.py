@@ -26,7 +26,7 @@ class Term:
         until: from `start` on, the weight falls linearly to zero at this update; None: it stays.
             In a `DistillConfig`, both may be shares of `max_steps`, such as 0.5. Let terms overlap:
             at a turn from one to another, Adam divides gradients of one size by the moments of
-            another, and its first steps undo what was learned.
+            another, and its first steps may undo what was learned.
     """
 
     weight: float = 1.0
