@@ -42,7 +42,7 @@ class Term:
         return self.weight * max(0.0, 1 - (update - self.start) / (self.until - self.start))
 
 
-def _warm_up() -> dict[str, Any]:
+def _led_by_embeddings() -> dict[str, Any]:
     return {"velocity": 1, "embedding": {"weight": 10, "until": 0.5}}
 
 
@@ -108,7 +108,7 @@ class DistillConfig:
         ConfigError: a value is out of range; the message says which and what is allowed.
     """
 
-    objective: str | Mapping[str, Any] = field(default_factory=_warm_up)
+    objective: str | Mapping[str, Any] = field(default_factory=_led_by_embeddings)
     trajectory_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     max_steps: int = 10_000
     max_seconds: float | None = None

@@ -18,7 +18,7 @@ from ..distill.states import evaluating
 from ..errors import EvaluateError
 from ..slot import uncompiled
 from .comparison import TEACHER, png
-from .loaded import Loaded, Students, named_students, teacher_in_slot
+from .loaded import Students, loaded_students, named_students, teacher_in_slot
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Lens:
 def lens(
     pipe: Any,
     prompt: str,
-    students: Students = (),
+    students: Students = None,
     *,
     layers: Sequence[int] | None = None,
     seed: int = 0,
@@ -73,7 +73,7 @@ def lens(
     Args:
         pipe: a pipeline with a T5 that makes pictures; or a patched one, as for `compare`.
         prompt: one.
-        students: as for `compare`; none: the teacher alone, and the student in the pipeline, if one
+        students: as for `compare`; None: the teacher alone, and the student in the pipeline, if one
             is.
         layers: which; a number that an encoder doesn't have is left out for it. None: all of them.
             Negative ones count from the end.
@@ -89,12 +89,11 @@ def lens(
     """
     kwargs = dict(pipeline_kwargs or {})
     with teacher_in_slot(pipe) as guest:
-        if guest is not None and students == ():
-            students = guest
-        named = named_students(students) if students != () else {}
+        students = guest if students is None else students
+        named = {} if students is None else named_students(students)
         check_pipeline_kwargs(pipe, kwargs)
         teacher = teacher_of(pipe)
-        with Loaded(pipe, named) as loaded:
+        with loaded_students(pipe, named) as loaded:
             encoders = {TEACHER: teacher, **loaded.students}
             chosen = {name: _layers(encoder, layers) for name, encoder in encoders.items()}
             images: dict[str, list[Image.Image]] = {name: [] for name in encoders}

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,34 +84,37 @@ def _place(student: Any) -> str:
     return getattr(getattr(student, "config", None), "name_or_path", None) or ""
 
 
+@dataclass(frozen=True)
 class Loaded:
-    """The students, on the pipeline's device; afterwards where they were."""
+    """Students by name, on the pipeline's device, and what each takes."""
 
-    def __init__(self, pipe: Any, named: Mapping[str, Any]) -> None:
-        self.students: dict[str, nn.Module] = {}
-        self.costs: dict[str, dict[str, float | None]] = {}
-        self._pipe, self._named = pipe, named
-        self._places: list[tuple[nn.Module, torch.device]] = []
+    students: dict[str, nn.Module] = field(default_factory=dict)
+    costs: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
-    def __enter__(self) -> Loaded:
-        dtype: Any = teacher_of(self._pipe).dtype
-        device = torch.device(self._pipe._execution_device)
-        for name, given in self._named.items():
-            student = given
+
+@contextmanager
+def loaded_students(pipe: Any, named: Mapping[str, Any]) -> Iterator[Loaded]:
+    """Yields the students, read where only a place is given; those that were passed are afterwards
+    where they were, also if another can't be read.
+    """
+    loaded = Loaded()
+    dtype: Any = teacher_of(pipe).dtype
+    device = torch.device(pipe._execution_device)
+    places: list[tuple[nn.Module, torch.device]] = []
+    try:
+        for name, student in named.items():
             costs: dict[str, float | None] = {}
-            if not isinstance(given, nn.Module):
+            if isinstance(student, nn.Module):
+                places.append((student, next(student.parameters()).device))
+            else:
                 start = time.perf_counter()
-                student = SlimT5Encoder.from_pretrained(given, dtype=dtype)
+                student = SlimT5Encoder.from_pretrained(student, dtype=dtype)
                 costs["load_s"] = time.perf_counter() - start
-            place = next(student.parameters()).device
-            if place != device and isinstance(given, nn.Module):
-                self._places.append((student, place))
-            self.students[name] = student.to(device)
-            self.costs[name] = size_of(student) | costs
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for student, place in self._places:
+            loaded.students[name] = student.to(device)
+            loaded.costs[name] = size_of(student) | costs
+        yield loaded
+    finally:
+        for student, place in places:
             student.to(place)
 
 

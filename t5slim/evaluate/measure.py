@@ -30,9 +30,16 @@ from ..distill.tracking import peak_memory_gib, reset_peak_memory
 from ..encoder import SlimT5Encoder
 from ..errors import EvaluateError
 from ..files import write_whole
-from .comparison import TEACHER, Comparison, Unit
+from .comparison import TEACHER, Comparison, Unit, png
 from .distances import Distance, standard_distances
-from .loaded import Loaded, Students, named_students, size_of, teacher_in_slot
+from .loaded import (
+    Loaded,
+    Students,
+    loaded_students,
+    named_students,
+    size_of,
+    teacher_in_slot,
+)
 
 Judge = Callable[[Image.Image, str], Mapping[str, float]]
 _TIMED = 3  # of which the fastest counts
@@ -110,7 +117,7 @@ def compare(
                 check_compatible(student_config(student), pipe)
             if isinstance(student, nn.Module):
                 check_student(pipe, student)
-        with Loaded(pipe, named) as loaded:
+        with loaded_students(pipe, named) as loaded:
             facts = _facts(pipe, texts, kwargs, loaded, sorted(distances), judge, tokens)
             store = _Store(output_dir, facts)
             for seed in tqdm(seeds, desc="compare", unit="seed"):
@@ -248,10 +255,7 @@ class _Store:
         if self._folder is not None:
             # Pictures first: a unit that is there is whole.
             for i, image in enumerate(images):
-                path = self._picture(unit, i)
-                temporary = path.with_name(f".{path.name}.tmp")
-                image.save(temporary, "PNG")
-                os.replace(temporary, path)
+                write_whole(self._picture(unit, i), png(image))
             content = json.dumps(asdict(unit)).encode()
             write_whole(self._folder / f"{self._name(unit)}.unit.json", content)
         self.units[key] = unit
