@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .result import DistillResult
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axes.grid(alpha=0.3, which="both")
         if len(lines) > 1:
             axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    write_whole(path, content.getvalue())
     return True
 
 
