@@ -26,20 +26,18 @@ import t5slim
 from t5slim.distill import DistillConfig, train
 
 
-def fresh_student(seed: int = 0) -> t5slim.SlimT5Encoder:
-    """262,000 parameters, 1/21 of the teacher's encoder; about a third of them are embeddings."""
+def fresh_student(seed: int = 0, **shape: int) -> t5slim.SlimT5Encoder:
+    """262,000 parameters, 1/21 of the teacher's encoder, if `shape` doesn't say otherwise; about a
+    third of them are embeddings."""
     torch.manual_seed(seed)
+    sizes = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2} | shape
     return t5slim.SlimT5Encoder(
         t5slim.SlimT5Config(
             vocab_size=1536,
-            d_model=64,
-            d_kv=16,
-            num_heads=4,
-            d_ff=128,
-            num_layers=2,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,  # too small to learn so many prompts by heart
             project_out_dim=256,
+            **sizes,
         )
     )
 

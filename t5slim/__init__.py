@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 # Not lazy: importing the encoder is what registers students with AutoModel, and what lets diffusers
 # find their class when it loads a saved pipeline (it looks in sys.modules only).
+from .contextless import ContextlessEncoder
 from .encoder import ProjectionAdapter, SlimT5Config, SlimT5Encoder
 from .errors import (
     AlreadyPatchedError,
@@ -33,6 +34,7 @@ __all__ = [
     "AlreadyPatchedError",
     "CheckpointError",
     "ConfigError",
+    "ContextlessEncoder",
     "DistillError",
     "EvaluateError",
     "HubAccessError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -286,11 +287,19 @@ def expected_tensors(model_class: type[nn.Module], config: Any) -> dict[str, tor
         return {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
 
 
-def move_into(folder: Path, saved: Path, variant: str | None) -> None:
-    """Move a finished save to where it belongs, each file in one step."""
-    names = sorted(os.listdir(saved), reverse=True)  # model.safetensors, and then config.json
-    for name in names:
-        os.replace(saved / name, folder / name)
+@contextmanager
+def written_into(folder: str | os.PathLike[str], variant: str | None) -> Iterator[str]:
+    """Yields a temporary folder; what was saved there is moved to `folder`, each file in one step,
+    so that a full disk or a crash leaves an earlier save whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as saved:
+        with no_progress_bars():
+            yield saved
+        names = sorted(os.listdir(saved), reverse=True)  # model.safetensors, and then config.json
+        for name in names:
+            os.replace(Path(saved, name), folder / name)
     # Weights that an earlier save spread over another number of files would be read instead.
     patterns = weight_patterns(variant)
     if any(fnmatch(name, pattern) for name in names for pattern in patterns):

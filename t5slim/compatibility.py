@@ -9,22 +9,24 @@ from typing import Any, TypeGuard
 
 from .checkpoint import Source
 from .config import SlimT5Config
+from .contextless import ContextlessConfig, ContextlessEncoder
 from .encoder import SlimT5Encoder
 from .errors import IncompatibleStudentError
 from .published import students
 from .slot import component_types, denoiser_text_width, find_text_slot, uncompiled
 
-Student = SlimT5Encoder | str | os.PathLike[str]
+Guest = SlimT5Encoder | ContextlessEncoder
+Student = Guest | str | os.PathLike[str]
 
 _PUBLISHED_FLUX_WIDTH = 4096
 
 
-def is_student(module: object) -> TypeGuard[SlimT5Encoder]:
-    """Whether this is a student, or a student that `torch.compile` wrapped."""
-    return isinstance(uncompiled(module), SlimT5Encoder)
+def is_student(module: object) -> TypeGuard[Guest]:
+    """Whether this is a student or a `ContextlessEncoder`, or one that `torch.compile` wrapped."""
+    return isinstance(uncompiled(module), (SlimT5Encoder, ContextlessEncoder))
 
 
-def student_config(student: Student, **access: Any) -> SlimT5Config:
+def student_config(student: Student, **access: Any) -> SlimT5Config | ContextlessConfig:
     """The config of a student, without its weights.
 
     Args:
@@ -74,7 +76,7 @@ def published_student(pipe: Any, width: int | None = None) -> str:
     )
 
 
-def check_compatible(config: SlimT5Config, pipe: Any) -> None:
+def check_compatible(config: SlimT5Config | ContextlessConfig, pipe: Any) -> None:
     """Compare a student's vocabulary with a pipeline's tokenizer, and its width with the denoiser.
 
     Args:

@@ -304,14 +304,11 @@ class SlimT5Encoder(T5PreTrainedModel):
             CheckpointError: There is a LoRA in the student that peft put there.
         """
         checkpoint.check_no_lora(self)
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as temporary:
-            with checkpoint.no_progress_bars():
-                super().save_pretrained(temporary, variant=variant, **kwargs)
-            checkpoint.move_into(folder, Path(temporary), variant)
+        with checkpoint.written_into(save_directory, variant) as temporary:
+            super().save_pretrained(temporary, variant=variant, **kwargs)
         if push_to_hub:
-            self.push_to_hub(repo_id or folder.resolve().name, token=kwargs.get("token"))
+            repo_id = repo_id or Path(save_directory).resolve().name
+            self.push_to_hub(repo_id, token=kwargs.get("token"))
 
     def push_to_hub(  # type: ignore[override]
         self,

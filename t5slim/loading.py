@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .compatibility import Student, published_student, student_config
+from .compatibility import Guest, Student, published_student, student_config
 from .encoder import SlimT5Encoder
 from .slot import check_device_map, find_text_slot, is_modular
 
@@ -17,7 +17,7 @@ _HUB_ACCESS = ("cache_dir", "force_download", "local_files_only", "token")
 
 def load_without_t5(
     cls: Any, source: str | os.PathLike[str], student: Student | None, kwargs: dict[str, Any]
-) -> tuple[Any, SlimT5Encoder, torch.dtype]:
+) -> tuple[Any, Guest, torch.dtype]:
     """Load a student, then a pipeline with None in its T5 slot: T5 is neither downloaded nor read.
 
     Args:

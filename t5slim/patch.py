@@ -9,7 +9,14 @@ from typing import Any, TypeVar, overload
 import torch
 from transformers import PreTrainedModel
 
-from .compatibility import Student, check_compatible, is_student, published_student, student_config
+from .compatibility import (
+    Guest,
+    Student,
+    check_compatible,
+    is_student,
+    published_student,
+    student_config,
+)
 from .encoder import SlimT5Encoder
 from .errors import AlreadyPatchedError, PatchError
 from .loading import load_without_t5
@@ -43,7 +50,7 @@ class _Patch:
         reload: an expression that loads the teacher again.
     """
 
-    student: SlimT5Encoder
+    student: Guest
     teacher: PreTrainedModel | None
     entry: Any
     reversible: bool
@@ -99,10 +106,10 @@ def patch_pipeline(
             class, also `DiffusionPipeline` or `AutoPipelineForText2Image`.
         source: With a pipeline, the same as `student`. With a class, the folder or Hub id of the
             pipeline.
-        student: A `SlimT5Encoder`, or the folder or Hub id of one. The default is the student
-            published for FLUX.1; or, with a class and a pipeline that was saved patched, its own.
-            A `SlimT5Encoder` isn't copied: it takes on the pipeline's device and dtype. It may be
-            compiled.
+        student: A `SlimT5Encoder`, or the folder or Hub id of one; or a `ContextlessEncoder`. It
+            isn't copied, and takes on the pipeline's device and dtype; it may be compiled. The
+            default is the student published for FLUX.1; or, with a class and a pipeline that was
+            saved patched, its own.
         keep_teacher: Keep the T5 in memory, where it is, for `unpatch_pipeline`. Otherwise it is
             freed, unless something else refers to it, such as another pipeline that shares it.
         **kwargs: With a class, what its `from_pretrained` takes. `cache_dir`, `force_download`,

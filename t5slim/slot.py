@@ -24,7 +24,7 @@ from .errors import NoT5SlotError, PatchError
 
 _COMPONENT = re.compile(r"text_encoder(_\d+)?")
 _T5_CLASS = re.compile(r"\b((UM|M)?T5EncoderModel|SlimT5Encoder)\b")
-_T5_MODEL_TYPES = frozenset({"t5", "mt5", "umt5", "slim_t5"})
+_T5_MODEL_TYPES = frozenset({"t5", "mt5", "umt5", "slim_t5", "slim_t5_contextless"})
 
 # The denoiser's config key for the width of T5's rows, by family. Where one config has two such
 # keys, T5's comes first: HunyuanImage has `text_embed_dim` for Qwen and `text_embed_2_dim` for T5,

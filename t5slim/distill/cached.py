@@ -96,7 +96,7 @@ def cache_teacher(
 
     has_teacher = "weights" in teacher
     with nullcontext() if has_teacher else cached_teacher(pipe, cache):
-        table, device = _tokenize(pipe, prompts, kwargs, batch_size)
+        table, device = tokenized(pipe, prompts, kwargs, batch_size)
     keys = table.keys
     missing = [n for n, key in enumerate(keys) if key not in cache]
     if missing and not has_teacher:
@@ -237,7 +237,7 @@ def describe_teacher(pipe: Any) -> dict[str, Any]:
     }
 
 
-def _tokenize(
+def tokenized(
     pipe: Any, prompts: list[str], kwargs: dict[str, Any], batch_size: int
 ) -> tuple[PromptTable, torch.device]:
     """Everything that a T5 is asked when the pipeline is called on these prompts, and where."""

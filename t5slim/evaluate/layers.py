@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..compatibility import is_student
 from ..distill.pipeline import check_pipeline_kwargs, teacher_of
 from ..distill.samples import paint, side_by_side
 from ..distill.states import evaluating
+from ..encoder import SlimT5Encoder
 from ..errors import EvaluateError
 from ..slot import uncompiled
 from .comparison import TEACHER, png
@@ -134,7 +134,8 @@ def rows_after(
         (B, S, D), those of the whole encoder if `layer` is the last.
     """
     encoder = uncompiled(encoder)
-    stack = encoder.encoder.encoder if is_student(encoder) else encoder.encoder
+    is_student = isinstance(encoder, SlimT5Encoder)
+    stack = encoder.encoder.encoder if is_student else encoder.encoder
     # transformers' last state is after the norm already.
     states = stack(
         input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
@@ -142,7 +143,7 @@ def rows_after(
     rows = states[layer]
     if layer < len(states) - 1:
         rows = stack.final_layer_norm(rows)
-    return encoder.final_projection(rows) if is_student(encoder) else rows
+    return encoder.final_projection(rows) if is_student else rows
 
 
 def _layers(encoder: Any, wanted: Sequence[int] | None) -> list[int]:

@@ -1,0 +1,363 @@
+r"""The paper's scaling-down study in the miniature world: what a student loses as it shrinks.
+
+    python examples/scaling_down/study.py --out runs        # goes on where it was stopped
+    python examples/scaling_down/figures.py --results runs/results.jsonl --out docs
+
+Students of five sizes learn from the teacher's rows (naive embedding matching), from what the
+denoiser makes of them (velocity matching), or from the one and then the other; each from three
+seeds. Half of an embedding run is the start of both its own second half and of one of velocity,
+which takes about as many seconds: these two differ in nothing else. Velocity alone takes one such
+half. Then the data: captions of one kind alone, and with more or less idle text. A table without
+context is the control.
+
+A group of runs with the same start is the work of one process. What it measured is a line for each
+of its students in `results.jsonl`. A group that is there isn't made again; one that was killed goes
+on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from distill_shapes import fresh_student, settings
+from shapes_world import judge, world
+from shapes_world.painting import CALL, captions, load_pipeline, paint
+
+import t5slim
+from t5slim.distill import (
+    DistillResult,
+    GapTable,
+    VelocityGap,
+    cache_teacher,
+    cached_teacher,
+    train,
+)
+
+# Parts of the teacher's 5.5 million parameters; of the smallest, two thirds are the projection.
+SIZES: dict[str, dict[str, int]] = {
+    "1/4": {"d_model": 160, "d_kv": 32, "num_heads": 5, "d_ff": 320, "num_layers": 4},
+    "1/8": {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 192, "num_layers": 3},
+    "1/21": {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2},
+    "1/33": {"d_model": 40, "d_kv": 10, "num_heads": 4, "d_ff": 80, "num_layers": 2},
+    "1/50": {"d_model": 20, "d_kv": 10, "num_heads": 2, "d_ff": 40, "num_layers": 2},
+}
+MIDDLE, SMALLEST = "1/21", "1/50"
+# The halves of a run.
+OBJECTIVES = {
+    "velocity": ("velocity",),
+    "embedding": ("embedding", "embedding"),
+    "embedding then velocity": ("embedding", "velocity"),
+}
+SEEDS = (0, 1, 2)
+EVALUATIONS = 4  # in each half of a run
+STEPS = 4  # in which pictures are painted to be judged: the teacher's are right in one already
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same start.
+
+    Attributes:
+        size: of the student, a key of `SIZES`.
+        seed: of its first weights, and of all that is drawn in training.
+        kind: of its captions, a criterion; or "all".
+        chatter: share of the captions that have an idle sentence beside them.
+        objectives: what the students learn from, after the same start.
+    """
+
+    size: str
+    seed: int
+    kind: str = "all"
+    chatter: float = 0.5
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+
+    @property
+    def name(self) -> str:
+        return f"{self.size.replace('/', '-')}-{self.kind}-{self.chatter:g}-{self.seed}"
+
+    def prompts(self, count: int) -> list[str]:
+        """`count` captions of each criterion in it."""
+        scenes, texts = captions(count, held_out=False, chatter=self.chatter)
+        pairs = zip(scenes, texts, strict=True)
+        return [text for scene, text in pairs if self.kind in ("all", scene.criterion)]
+
+
+CONTROLS = "controls"
+
+
+def groups(seeds: Sequence[int] = SEEDS) -> list[Group]:
+    """All of them. Whole seeds first, so that a study that was stopped says something."""
+    found, after = [], ("embedding", "embedding then velocity")
+    for seed in seeds:
+        found += [Group(size, seed) for size in SIZES]
+        found += [Group(MIDDLE, seed, kind, objectives=after[1:]) for kind in world.CRITERIA]
+        found += [Group(SMALLEST, seed, "all", share, objectives=after) for share in (0.0, 1.0)]
+    return found
+
+
+def main() -> None:
+    """Make what is missing, and say where the results are."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder for runs and results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else 2)
+    parser.add_argument("--embedding", type=int, default=5000, help="updates of half a run")
+    parser.add_argument("--velocity", type=int, default=800, help="updates of half a run")
+    parser.add_argument("--captions", type=int, default=2000, help="to train on, of each criterion")
+    parser.add_argument("--count", type=int, default=40, help="judged pictures of each criterion")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / "results.jsonl"
+    lines = results.read_text().splitlines() if results.exists() else []
+    done = {json.loads(line)["group"] for line in lines}
+    study = Study(args.out, args.embedding, args.velocity, args.captions, args.count)
+    if CONTROLS not in done:
+        append(results, study.controls())
+    # Spawned: CUDA can't be forked.
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // args.workers)
+    with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (threads,)) as pool:
+        missing = [group for group in groups(args.seeds) if group.name not in done]
+        futures = [pool.submit(study.records, group) for group in missing]
+        for future in tqdm(as_completed(futures), "study", len(futures), unit="group"):
+            append(results, future.result())
+    print(f"The results are in {results}")
+
+
+def append(path: Path, records: list[dict[str, Any]]) -> None:
+    """All of a group in one write."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+@dataclass(frozen=True)
+class Study:
+    """How much of everything; it is sent to the processes.
+
+    Attributes:
+        folder: for the runs, and the teacher's rows.
+        embedding: updates of half an embedding run.
+        velocity: updates of half a run of velocity.
+        captions: to train on, of each criterion.
+        count: pictures to judge, of each criterion.
+    """
+
+    folder: Path
+    embedding: int
+    velocity: int
+    captions: int
+    count: int
+
+    def controls(self) -> list[dict[str, Any]]:
+        """The teacher, and the table without context. The teacher's rows are kept for all runs."""
+        pipe = load_pipeline()
+        measure = Measure(pipe, self.count)
+        texts = {text for group in groups() for text in group.prompts(self.captions)}
+        texts |= {*measure.gap.prompts, *held_out()}
+        cache_teacher(pipe, sorted(texts), self._rows, pipeline_kwargs=CALL)
+        prompts = Group(MIDDLE, 0).prompts(self.captions)
+        table = t5slim.ContextlessEncoder.from_teacher(pipe, prompts, pipeline_kwargs=CALL)
+        numbers = sum(tensor.numel() for tensor in pipe.text_encoder_2.parameters())
+        teacher = {"objective": "teacher", "parameters": numbers, "right": measure.right(None)}
+        # Most of the vocabulary is in no caption; what isn't has the mean of all.
+        known = table.entries.weight.unique(dim=0).numel() + table.places.weight.numel()
+        control = {"objective": "contextless", "parameters": known} | measure(table)
+        return [{"group": CONTROLS} | one for one in (teacher, control)]
+
+    def records(self, group: Group) -> list[dict[str, Any]]:
+        """What each student of a group came to."""
+        measure = measure_of_this_process(self.count)
+        found = []
+        for objective in group.objectives:
+            halves = self._halves(measure.pipe, group, objective)
+            student = halves[-1].student
+            facts = {key: value for key, value in asdict(group).items() if key != "objectives"}
+            facts |= {"group": group.name, "objective": objective}
+            facts |= {"parameters": sum(tensor.numel() for tensor in student.parameters())}
+            found.append(facts | {"curve": curve(halves)} | measure(student))
+        return found
+
+    def _halves(self, pipe: Any, group: Group, objective: str) -> list[DistillResult]:
+        student = fresh_student(group.seed, **SIZES[group.size])
+        halves: list[DistillResult] = []
+        for term in OBJECTIVES[objective]:
+            rate, schedule = (2e-3 if term == "embedding" else 3e-3), "cosine"
+            if len(OBJECTIVES[objective]) == 2 and not halves:
+                schedule = "constant"  # it goes on
+            if term == "velocity" and halves:
+                rate = 3e-4  # more would undo what was learned
+            updates = self.embedding if term == "embedding" else self.velocity
+            config = settings(
+                objective=term,
+                max_steps=updates,
+                batch_size=16 if term == "embedding" else 8,
+                learning_rate=rate,
+                lr_schedule=schedule,
+                ema_decay=0.99,
+                eval_every=-(-updates // EVALUATIONS),
+                seed=group.seed,
+                trackers=(),
+            )
+            name = "-then-".join(OBJECTIVES[objective][: len(halves) + 1])
+            with cached_teacher(pipe, self._rows):
+                result = train(
+                    pipe,
+                    student,
+                    group.prompts(self.captions),
+                    config,
+                    pipeline_kwargs=CALL,
+                    eval_prompts=held_out(),
+                    output_dir=self.folder / group.name / name,
+                    resume=True,
+                )
+            halves.append(result)
+        return halves
+
+    @property
+    def _rows(self) -> Path:
+        return self.folder / "teacher-rows"
+
+
+def held_out() -> list[str]:
+    """What the gap is measured on while a student learns."""
+    return captions(3, held_out=True, seed=1)[1]
+
+
+def curve(halves: Sequence[DistillResult]) -> list[dict[str, float]]:
+    """The gap after so many updates, denoiser passes and seconds, through all halves."""
+    points, before = [], {"updates": 0, "passes": 0, "seconds": 0.0}
+    for half in halves:
+        for entry in half.history:
+            costs = {
+                "updates": entry["step"],
+                "passes": entry["teacher_rows"] + 2 * entry["student_rows"],  # there and back
+                "seconds": entry["seconds"],
+            }
+            point = {key: before[key] + cost for key, cost in costs.items()}
+            points.append(point | {"gap": entry["velocity_gap"]})
+        before = {key: points[-1][key] for key in before}
+    return points
+
+
+# --- what is measured of a student ---
+
+ROWS = ("visual", "idle", "padding")
+
+
+class Measure:
+    """The same captions and noise for all: 24 for the gap, half of them with an idle sentence."""
+
+    def __init__(self, pipe: Any, count: int) -> None:
+        self.pipe = pipe
+        self._teacher = pipe.text_encoder_2
+        self._scenes, self._texts = captions(count, held_out=True)
+        parts = [captions(4, held_out=True, seed=2, chatter=share) for share in (0.0, 1.0)]
+        self._criteria = [scene.criterion for scenes, _ in parts for scene in scenes]
+        texts = [text for _, texts in parts for text in texts]
+        kwargs = CALL | {"num_inference_steps": 10}
+        self.gap = VelocityGap(pipe, texts, pipeline_kwargs=kwargs)
+        tokenizer = pipe.tokenizer_2
+        length = CALL["max_sequence_length"]
+        self._ids = tokenizer(
+            texts, padding="max_length", max_length=length, return_tensors="pt"
+        ).input_ids.to(pipe.device)
+        self._stop = tokenizer.convert_tokens_to_ids(".")
+        self._colors = set(tokenizer.convert_tokens_to_ids(list(world.COLORS)))
+        self._ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+
+    def __call__(self, student: nn.Module) -> dict[str, Any]:
+        student.to(self.pipe.device).eval()
+        table = self.gap.table(student)
+        half = len(self._ids) // 2
+        parts: dict[str, Any] = {"alone": slice(half), "with a sentence": slice(half, None)}
+        for criterion in world.CRITERIA:
+            parts[criterion] = torch.tensor([one == criterion for one in self._criteria])
+        return {
+            "gap": table.gap,
+            "gap_of": {name: ratio(table, part) for name, part in parts.items()},
+            # If only these rows are the student's, and all others the teacher's.
+            "gap_of_rows": {kind: self.gap.table(Mixed(self, student, kind)).gap for kind in ROWS},
+            "error_of_rows": self._errors(student),
+            "spread": self.gap.spread(student),
+            "nearest_other": self.gap.nearest_other(student),
+            "right": self.right(student),
+        }
+
+    def right(self, student: nn.Module | None) -> dict[str, float]:
+        """Shares of the pictures that show what the caption says, by criterion; and of letters."""
+        if student is not None:
+            t5slim.patch_pipeline(self.pipe, student, keep_teacher=True)
+        try:
+            pictures = paint(self.pipe, self._texts, num_inference_steps=STEPS)
+        finally:
+            if student is not None:
+                t5slim.unpatch_pipeline(self.pipe)
+        return judge.accuracy(self._scenes, pictures)
+
+    @torch.no_grad()
+    def _errors(self, student: nn.Module) -> dict[str, float]:
+        """Squared distance of rows to the teacher's, over that of the teacher's to their mean."""
+        rows, of_teacher = student(self._ids)[0], self._teacher(self._ids)[0]
+        kinds = self.kinds(self._ids)
+        around = (of_teacher - of_teacher.mean((0, 1))).square().sum(-1)
+        errors = (rows - of_teacher).square().sum(-1)
+        return {
+            kind: (errors[kinds == i].sum() / around[kinds == i].sum()).item()
+            for i, kind in enumerate(ROWS)
+        }
+
+    def kinds(self, input_ids: Tensor) -> Tensor:
+        """(B, T), which of `ROWS` each token is. The sentence without a colour is the idle one."""
+        kinds = []
+        for ids in input_ids.tolist():
+            stop = ids.index(self._stop) if self._stop in ids else len(ids)
+            visual_first = not self._colors.isdisjoint(ids[:stop])
+            kinds.append(
+                [
+                    2 if token in self._ends else int((i < stop) != visual_first)
+                    for i, token in enumerate(ids)
+                ]
+            )
+        return torch.tensor(kinds, device=input_ids.device)
+
+
+class Mixed(nn.Module):
+    """An encoder whose rows of one kind are a student's, and the others the teacher's."""
+
+    def __init__(self, measure: Measure, student: nn.Module, kind: str) -> None:
+        super().__init__()
+        self._measure, self._kind = measure, ROWS.index(kind)
+        self.student, self.teacher = student, measure._teacher
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        of_student = (self._measure.kinds(input_ids) == self._kind)[..., None]
+        return (torch.where(of_student, self.student(input_ids)[0], self.teacher(input_ids)[0]),)
+
+
+def ratio(table: GapTable, prompts: Tensor | slice) -> float:
+    """The gap of some of the prompts."""
+    return GapTable(table.distances[prompts], table.denominators[prompts]).gap
+
+
+@functools.cache
+def measure_of_this_process(count: int) -> Measure:
+    return Measure(load_pipeline(), count)
+
+
+if __name__ == "__main__":
+    main()
