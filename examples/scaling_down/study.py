@@ -22,9 +22,9 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from t5slim.distill import (
     cached_teacher,
     train,
 )
+from t5slim.files import write_whole
 
 # Parts of the teacher's 5.5 million parameters; of the smallest, two thirds are the projection.
 SIZES: dict[str, dict[str, int]] = {
@@ -64,7 +65,6 @@ OBJECTIVES = {
     "embedding then velocity": ("embedding", "velocity"),
 }
 SEEDS = (0, 1, 2)
-EVALUATIONS = 4  # in each half of a run
 STEPS = 4  # in which pictures are painted to be judged: the teacher's are right in one already
 
 
@@ -116,8 +116,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder for runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else 2)
-    parser.add_argument("--embedding", type=int, default=5000, help="updates of half a run")
-    parser.add_argument("--velocity", type=int, default=800, help="updates of half a run")
+    parser.add_argument("--embedding", type=int, default=4800, help="updates of half a run")
+    parser.add_argument("--velocity", type=int, default=600, help="updates of half a run")
     parser.add_argument("--captions", type=int, default=2000, help="to train on, of each criterion")
     parser.add_argument("--count", type=int, default=40, help="judged pictures of each criterion")
     args = parser.parse_args()
@@ -128,21 +128,21 @@ def main() -> None:
     study = Study(args.out, args.embedding, args.velocity, args.captions, args.count)
     if CONTROLS not in done:
         append(results, study.controls())
-    # Spawned: CUDA can't be forked.
-    context = multiprocessing.get_context("spawn")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the processes with it
+    missing = [group for group in groups(args.seeds) if group.name not in done]
     threads = max(1, (os.cpu_count() or 1) // args.workers)
-    with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (threads,)) as pool:
-        missing = [group for group in groups(args.seeds) if group.name not in done]
-        futures = [pool.submit(study.records, group) for group in missing]
-        for future in tqdm(as_completed(futures), "study", len(futures), unit="group"):
-            append(results, future.result())
+    context = multiprocessing.get_context("spawn")  # CUDA can't be forked
+    with context.Pool(args.workers, torch.set_num_threads, (threads,)) as pool:
+        work = pool.imap_unordered(study.records, missing)
+        for records in tqdm(work, "study", len(missing), unit="group"):
+            append(results, records)
     print(f"The results are in {results}")
 
 
 def append(path: Path, records: list[dict[str, Any]]) -> None:
-    """All of a group in one write."""
-    with path.open("a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
+    """All of a group, or nothing of it."""
+    before = path.read_bytes() if path.exists() else b""
+    write_whole(path, before + "".join(json.dumps(one) + "\n" for one in records).encode())
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ class Study:
 
     def controls(self) -> list[dict[str, Any]]:
         """The teacher, and the table without context. The teacher's rows are kept for all runs."""
-        pipe = load_pipeline()
-        measure = Measure(pipe, self.count)
+        measure = measure_of_this_process(self.count)
+        pipe = measure.pipe
         texts = {text for group in groups() for text in group.prompts(self.captions)}
         texts |= {*measure.gap.prompts, *held_out()}
         cache_teacher(pipe, sorted(texts), self._rows, pipeline_kwargs=CALL)
@@ -196,11 +196,13 @@ class Study:
         student = fresh_student(group.seed, **SIZES[group.size])
         halves: list[DistillResult] = []
         for term in OBJECTIVES[objective]:
-            rate, schedule = (2e-3 if term == "embedding" else 3e-3), "cosine"
+            rate, schedule, norm = (2e-3 if term == "embedding" else 3e-3), "cosine", 1.0
             if len(OBJECTIVES[objective]) == 2 and not halves:
                 schedule = "constant"  # it goes on
             if term == "velocity" and halves:
-                rate = 3e-4  # more would undo what was learned
+                # More, or a step as long as a rare gradient of 100 times the usual norm, and
+                # velocity first undoes what was learned; the wider the student, the sooner.
+                rate, norm = 1e-4 * 64 / SIZES[group.size]["d_model"], 0.05
             updates = self.embedding if term == "embedding" else self.velocity
             config = settings(
                 objective=term,
@@ -208,8 +210,9 @@ class Study:
                 batch_size=16 if term == "embedding" else 8,
                 learning_rate=rate,
                 lr_schedule=schedule,
+                max_grad_norm=norm,
                 ema_decay=0.99,
-                eval_every=-(-updates // EVALUATIONS),
+                eval_every=self.velocity if term == "embedding" else -(-updates // 4),
                 seed=group.seed,
                 trackers=(),
             )
@@ -322,7 +325,8 @@ class Measure:
         }
 
     def kinds(self, input_ids: Tensor) -> Tensor:
-        """(B, T), which of `ROWS` each token is. The sentence without a colour is the idle one."""
+        """(B, T), which of `ROWS` each token is. The sentence without a colour is idle; a full stop
+        is of the one that follows."""
         kinds = []
         for ids in input_ids.tolist():
             stop = ids.index(self._stop) if self._stop in ids else len(ids)

@@ -67,6 +67,7 @@ class TeacherCache:
         self.folder = Path(folder)
         self._shards: set[str] = set()  # seen, also those that are damaged
         self._index: dict[str, tuple[str, str]] = {}  # key: shard, SHA-256 of the rows
+        self._files: dict[str, Any] = {}
         self._pending: dict[str, Tensor] = {}
         self._pending_since = 0.0
         file = self.folder / TEACHER_FILE
@@ -142,8 +143,7 @@ class TeacherCache:
         while key in self._index:
             shard, checksum = self._index[key]
             try:
-                with safe_open(self.folder / shard, "pt", backend="pread") as file:
-                    rows = file.get_tensor(f"{key}.{checksum}")
+                rows = self._opened(shard).get_tensor(f"{key}.{checksum}")
             except (OSError, SafetensorError) as error:
                 self._set_aside(shard, error)
                 continue
@@ -205,7 +205,14 @@ class TeacherCache:
     def _shard_files(self) -> list[Path]:
         return sorted(self.folder.glob("rows-*.safetensors"))
 
+    def _opened(self, shard: str) -> Any:
+        """A shard stays open: its header, which names all of its prompts, is read only once."""
+        if shard not in self._files:
+            self._files[shard] = safe_open(self.folder / shard, "pt", backend="pread")
+        return self._files[shard]
+
     def _set_aside(self, shard: str, reason: object) -> None:
+        self._files.pop(shard, None)
         lost = [key for key, (name, _) in self._index.items() if name == shard]
         for key in lost:
             del self._index[key]

@@ -1,0 +1,300 @@
+"""Tables and figures of the scaling-down study, from what `study.py` measured.
+
+python examples/scaling_down/figures.py --out docs        # of the committed results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from torchmetrics.functional import spearman_corrcoef
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from scaling_down.study import CONTROLS, MIDDLE, OBJECTIVES, ROWS, SIZES, SMALLEST
+from shapes_world.world import CRITERIA
+
+Record = dict[str, Any]
+COMMITTED = Path(__file__).with_name("results.jsonl")
+VELOCITY, EMBEDDING, BOTH = OBJECTIVES
+COLORS = {VELOCITY: "tab:blue", EMBEDDING: "tab:orange", BOTH: "tab:green"}
+SKILLS = {"quality": "quality", "semantics": "semantics", "text": "words", "letters": "letters"}
+
+
+def main() -> None:
+    """Print the tables in Markdown, and draw the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=COMMITTED)
+    parser.add_argument("--out", type=Path, help="a folder for the figures")
+    args = parser.parse_args()
+    results = Results(args.results)
+    tables = {
+        "Size and objective": sizes_table,
+        "At equal cost": costs_table,
+        "Where the error is": rows_table,
+        "Idle text": chatter_table,
+        "Captions of one kind": kinds_table,
+        "What the gap says of the pictures": ranks_table,
+    }
+    for heading, table in tables.items():
+        print(f"\n### {heading}\n\n{markdown(table(results))}")
+    if args.out:
+        for name, draw in (("sizes", draw_sizes), ("curves", draw_curves), ("rank", draw_rank)):
+            draw(results).savefig(args.out / f"scaling-{name}.png", dpi=90)
+
+
+class Results:
+    """The students' records; and those of the teacher and of the table without context."""
+
+    def __init__(self, path: Path) -> None:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        self.students: list[Record] = [r for r in records if r["group"] != CONTROLS]
+        controls = {r["objective"]: r for r in records if r["group"] == CONTROLS}
+        self.teacher, self.contextless = controls["teacher"], controls["contextless"]
+
+    def of(self, kind: str = "all", chatter: float = 0.5, **wanted: Any) -> list[Record]:
+        """Those of one kind: a size, an objective, ..."""
+        wanted |= {"kind": kind, "chatter": chatter}
+        return [r for r in self.students if all(r[key] == v for key, v in wanted.items())]
+
+    def cells(self) -> Iterator[tuple[str, str, list[Record]]]:
+        """The seeds of each size and objective."""
+        for size in SIZES:
+            for objective in OBJECTIVES:
+                if found := self.of(size=size, objective=objective):
+                    yield size, objective, found
+
+
+# --- tables ---
+
+
+def sizes_table(results: Results) -> list[list[str]]:
+    rows = [["size", "learned from", "velocity gap", *SKILLS.values(), "spread", "nearest other"]]
+    for size, objective, found in results.cells():
+        rows.append([size, objective, *outcome(found)])
+    teacher, table = results.teacher, results.contextless
+    part = f"1/{teacher['parameters'] / table['parameters']:.0f}"
+    rows.append([part, "(contextless)", *outcome([table])])
+    rows.append(["1", "(teacher)", "0", *(percent([teacher], skill) for skill in SKILLS), "1", "1"])
+    return rows
+
+
+def outcome(found: Sequence[Record]) -> list[str]:
+    return [
+        over(found, gap),
+        *(percent(found, skill) for skill in SKILLS),
+        *(over(found, lambda r, key=key: r[key]) for key in ("spread", "nearest_other")),
+    ]
+
+
+def costs_table(results: Results) -> list[list[str]]:
+    """Gaps on the captions with which the runs were followed, each with what it had cost."""
+    heads = ["updates: velocity", "embedding", "seconds of one half: velocity", "embedding"]
+    heads += ["seconds of two halves: embedding", BOTH, "passes: velocity", BOTH]
+    rows = [["size", *heads]]
+    for size in SIZES:
+        velocity, embedding, both = (results.of(size=size, objective=o) for o in OBJECTIVES)
+        if not (velocity and embedding and both):
+            continue
+        updates = velocity[0]["curve"][-1]["updates"]
+        half = len(embedding[0]["curve"]) // 2 - 1
+        pairs = [
+            (velocity, -1, "updates"),
+            (embedding, [p["updates"] for p in embedding[0]["curve"]].index(updates), "updates"),
+            (velocity, -1, "seconds"),
+            (embedding, half, "seconds"),
+            (embedding, -1, "seconds"),
+            (both, -1, "seconds"),
+            (velocity, -1, "passes"),
+            (both, -1, "passes"),
+        ]
+        rows.append([size, *(costly(*pair) for pair in pairs)])
+    return rows
+
+
+def costly(found: Sequence[Record], index: int, unit: str) -> str:
+    """The mean gap at a point of the curves, and what it had cost until there."""
+    points = [record["curve"][index] for record in found]
+    mean, cost = (sum(p[key] for p in points) / len(points) for key in ("gap", unit))
+    return f"{mean:.3f} ({cost:,.0f})"
+
+
+def rows_table(results: Results) -> list[list[str]]:
+    head = [f"{what} of {kind} rows" for what in ("error", "gap") for kind in ROWS]
+    rows = [["size", "objective", *head]]
+    for size, objective, found in results.cells():
+        values = [
+            over(found, lambda r, what=what, kind=kind: r[what][kind])
+            for what in ("error_of_rows", "gap_of_rows")
+            for kind in ROWS
+        ]
+        rows.append([size, objective, *values])
+    return rows
+
+
+def chatter_table(results: Results) -> list[list[str]]:
+    parts = ("alone", "with a sentence")
+    heads = ["idle text beside", "learned from", "gap", *(f"gap, caption {part}" for part in parts)]
+    rows = [[*heads, *SKILLS.values()]]
+    for share in (0.0, 0.5, 1.0):
+        for objective in (EMBEDDING, BOTH):
+            if found := results.of(size=SMALLEST, chatter=share, objective=objective):
+                gaps = [over(found, lambda r, part=part: r["gap_of"][part]) for part in parts]
+                right = [percent(found, skill) for skill in SKILLS]
+                rows.append([f"{share:.0%}", objective, over(found, gap), *gaps, *right])
+    return rows
+
+
+def kinds_table(results: Results) -> list[list[str]]:
+    rows = [["captions", *SKILLS.values(), *(f"gap of {criterion}" for criterion in CRITERIA)]]
+    for kind in (*CRITERIA, "all"):
+        if found := results.of(kind, size=MIDDLE, objective=BOTH):
+            gaps = [over(found, lambda r, c=criterion: r["gap_of"][c]) for criterion in CRITERIA]
+            rows.append([kind, *(percent(found, skill) for skill in SKILLS), *gaps])
+    return rows
+
+
+def ranks_table(results: Results) -> list[list[str]]:
+    rows = [["pictures right in", "students", "rank correlation with the gap", "95% interval"]]
+    for skill, name in (*SKILLS.items(), (None, "all criteria")):
+        rank, low, high = rank_correlation(results.students, skill)
+        interval = f"{low:.3f} to {high:.3f}"
+        rows.append([name, str(len(results.students)), f"{rank:.3f}", interval])
+    return rows
+
+
+def rank_correlation(students: Sequence[Record], skill: str | None) -> tuple[float, float, float]:
+    """Spearman's of gap and accuracy, and its interval, from students drawn again with return."""
+    gaps = torch.tensor([gap(r) for r in students], dtype=torch.float64)
+    right = torch.tensor([accuracy(r, skill) for r in students], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for _ in range(2000):
+        index = torch.randint(len(students), (len(students),), generator=generator)
+        drawn.append(spearman_corrcoef(gaps[index], right[index]))
+    ranks = torch.stack(drawn)
+    low, high = ranks.nanquantile(ranks.new_tensor([0.025, 0.975]))
+    return spearman_corrcoef(gaps, right).item(), low.item(), high.item()
+
+
+def gap(record: Record) -> float:
+    return record["gap"]
+
+
+def accuracy(record: Record, skill: str | None) -> float:
+    """The share of right pictures in a skill; or in all three criteria."""
+    if skill is None:
+        return sum(record["right"][criterion] for criterion in CRITERIA) / len(CRITERIA)
+    return record["right"][skill]
+
+
+def over(records: Sequence[Record], value: Callable[[Record], float]) -> str:
+    """The mean over the seeds, and from where to where they go."""
+    values = [value(record) for record in records]
+    mean = f"{sum(values) / len(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+def percent(records: Sequence[Record], skill: str) -> str:
+    return f"{sum(accuracy(r, skill) for r in records) / len(records):.0%}"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- figures ---
+
+
+def draw_sizes(results: Results) -> Figure:
+    """The gap and the pictures against the students' size."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["gap", "quality", "semantics"], ["gap", "text", "letters"]], width_ratios=[1.5, 1, 1]
+    )
+    against_size(axes["gap"], results, gap, "velocity gap")
+    logarithmic(axes["gap"], "y")
+    axes["gap"].legend()
+    for skill, name in SKILLS.items():
+        against_size(axes[skill], results, lambda r, s=skill: r["right"][s], f"{name} right")
+        axes[skill].set(ylim=(-0.03, 1.03))
+        axes[skill].yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def against_size(axes: Axes, results: Results, value: Callable[[Record], float], name: str) -> None:
+    teacher = results.teacher["parameters"]
+    for objective, color in COLORS.items():
+        cells = [found for _, o, found in results.cells() if o == objective]
+        sizes = [found[0]["parameters"] / teacher for found in cells]
+        means = [sum(map(value, found)) / len(found) for found in cells]
+        axes.plot(sizes, means, color=color, label=objective)
+        for size, found in zip(sizes, cells, strict=True):
+            axes.scatter([size] * len(found), list(map(value, found)), color=color, s=14)
+    axes.axhline(value(results.contextless), color="gray", linestyle="--", label="contextless")
+    axes.set(xscale="log", xlabel="part of the teacher's parameters", title=name)
+    axes.set_xticks([found[0]["parameters"] / teacher for _, _, found in results.cells()][::3])
+    axes.set_xticklabels(list(dict.fromkeys(size for size, _, _ in results.cells())))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
+def draw_curves(results: Results) -> Figure:
+    """The gap against seconds, of each size."""
+    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    every = figure.subplots(1, len(SIZES), sharey=True)
+    for axes, size in zip(every, SIZES, strict=True):
+        for objective, color in COLORS.items():
+            for record in results.of(size=size, objective=objective):
+                points = [(p["seconds"], p["gap"]) for p in record["curve"]]
+                label = objective if record["seed"] == 0 else None
+                axes.plot(*zip(*points, strict=True), color=color, label=label, marker=".")
+        axes.set(xlabel="seconds", title=f"{size} of the teacher")
+        logarithmic(axes, "y")
+        axes.grid(alpha=0.3, which="both")
+    every[0].set(ylabel="velocity gap")
+    every[0].legend()
+    return figure
+
+
+def draw_rank(results: Results) -> Figure:
+    """Pictures right against the gap, of all students."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    every = figure.subplots(1, len(SKILLS), sharey=True)
+    for axes, (skill, name) in zip(every, SKILLS.items(), strict=True):
+        for objective, color in COLORS.items():
+            found = [r for r in results.students if r["objective"] == objective]
+            right = [accuracy(r, skill) for r in found]
+            axes.scatter(list(map(gap, found)), right, color=color, label=objective, s=18)
+        rank, low, high = rank_correlation(results.students, skill)
+        axes.set_title(f"{name}: rank correlation {rank:.2f} ({low:.2f} to {high:.2f})", size=9)
+        axes.set(xlabel="velocity gap")
+        logarithmic(axes, "x")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.3, which="both")
+    every[0].set(ylabel="pictures right")
+    every[0].legend()
+    return figure
+
+
+def logarithmic(axes: Axes, direction: Literal["x", "y"]) -> None:
+    """With plain numbers, also where there is less than a decade."""
+    axes.set(**{f"{direction}scale": "log"})
+    axis = axes.xaxis if direction == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+if __name__ == "__main__":
+    main()
