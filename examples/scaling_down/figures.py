@@ -45,7 +45,8 @@ def main() -> None:
         "What the gap says of the pictures": ranks_table,
     }
     for heading, table in tables.items():
-        print(f"\n### {heading}\n\n{markdown(table(results))}")
+        rows = table(results)
+        print(f"\n### {heading}\n\n{markdown(rows) if len(rows) > 1 else 'No runs yet.'}")
     if args.out:
         for name, draw in (("sizes", draw_sizes), ("curves", draw_curves), ("rank", draw_rank)):
             draw(results).savefig(args.out / f"scaling-{name}.png", dpi=90)
@@ -124,7 +125,7 @@ def costly(found: Sequence[Record], index: int, unit: str) -> str:
     """The mean gap at a point of the curves, and what it had cost until there."""
     points = [record["curve"][index] for record in found]
     mean, cost = (sum(p[key] for p in points) / len(points) for key in ("gap", unit))
-    return f"{mean:.3f} ({cost:,.0f})"
+    return f"{mean:.3g} ({cost:,.0f})"
 
 
 def rows_table(results: Results) -> list[list[str]]:
@@ -199,8 +200,8 @@ def accuracy(record: Record, skill: str | None) -> float:
 def over(records: Sequence[Record], value: Callable[[Record], float]) -> str:
     """The mean over the seeds, and from where to where they go."""
     values = [value(record) for record in records]
-    mean = f"{sum(values) / len(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+    mean = f"{sum(values) / len(values):.3g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3g} to {max(values):.3g})"
 
 
 def percent(records: Sequence[Record], skill: str) -> str:
