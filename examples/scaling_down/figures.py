@@ -280,7 +280,7 @@ def draw_rank(results: Results) -> Figure:
         rank, low, high = rank_correlation(results.students, skill)
         axes.set_title(f"{name}: rank correlation {rank:.2f} ({low:.2f} to {high:.2f})", size=9)
         axes.set(xlabel="velocity gap")
-        logarithmic(axes, "x")
+        logarithmic(axes, "x", labels=(1,))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3, which="both")
     every[0].set(ylabel="pictures right")
@@ -288,11 +288,13 @@ def draw_rank(results: Results) -> Figure:
     return figure
 
 
-def logarithmic(axes: Axes, direction: Literal["x", "y"]) -> None:
+def logarithmic(
+    axes: Axes, direction: Literal["x", "y"], labels: Sequence[int] = (1, 2, 5)
+) -> None:
     """With plain numbers, also where there is less than a decade."""
     axes.set(**{f"{direction}scale": "log"})
     axis = axes.xaxis if direction == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=labels))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
