@@ -264,7 +264,7 @@ def draw_curves(results: Results) -> Figure:
         logarithmic(axes, "y")
         axes.grid(alpha=0.3, which="both")
     every[0].set(ylabel="velocity gap")
-    every[0].legend()
+    next(axes for axes in every if axes.lines).legend()
     return figure
 
 
