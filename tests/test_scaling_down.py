@@ -35,7 +35,9 @@ from shapes_world.painting import captions  # noqa: E402
 
 @pytest.fixture(scope="module")
 def measure():
-    return study.measure_of_this_process(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "GAP_CAPTIONS", 1)
+        return study.measure_of_this_process(1)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -65,6 +65,7 @@ OBJECTIVES = {
     "embedding then velocity": ("embedding", "velocity"),
 }
 SEEDS = (0, 1, 2)
+GAP_CAPTIONS = 4  # of each criterion, each with and without an idle sentence
 STEPS = 4  # in which pictures are painted to be judged: the teacher's are right in one already
 
 
@@ -263,13 +264,15 @@ ROWS = ("visual", "idle", "padding")
 
 
 class Measure:
-    """The same captions and noise for all: 24 for the gap, half of them with an idle sentence."""
+    """The same captions and noise for all."""
 
     def __init__(self, pipe: Any, count: int) -> None:
         self.pipe = pipe
         self._teacher = pipe.text_encoder_2
         self._scenes, self._texts = captions(count, held_out=True)
-        parts = [captions(4, held_out=True, seed=2, chatter=share) for share in (0.0, 1.0)]
+        parts = [
+            captions(GAP_CAPTIONS, held_out=True, seed=2, chatter=share) for share in (0.0, 1.0)
+        ]
         self._criteria = [scene.criterion for scenes, _ in parts for scene in scenes]
         texts = [text for _, texts in parts for text in texts]
         kwargs = CALL | {"num_inference_steps": 10}
