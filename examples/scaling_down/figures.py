@@ -244,8 +244,8 @@ def against_size(axes: Axes, results: Results, value: Callable[[Record], float],
             axes.scatter([size] * len(found), list(map(value, found)), color=color, s=14)
     axes.axhline(value(results.contextless), color="gray", linestyle="--", label="contextless")
     axes.set(xscale="log", xlabel="part of the teacher's parameters", title=name)
-    axes.set_xticks([found[0]["parameters"] / teacher for _, _, found in results.cells()][::3])
-    axes.set_xticklabels(list(dict.fromkeys(size for size, _, _ in results.cells())))
+    ticks = {size: found[0]["parameters"] / teacher for size, _, found in results.cells()}
+    axes.set_xticks(list(ticks.values()), list(ticks))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
 

@@ -53,7 +53,7 @@ from t5slim.files import write_whole
 SIZES: dict[str, dict[str, int]] = {
     "1/4": {"d_model": 160, "d_kv": 32, "num_heads": 5, "d_ff": 320, "num_layers": 4},
     "1/8": {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 192, "num_layers": 3},
-    "1/21": {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2},
+    "1/21": {},  # as `fresh_student` has it
     "1/33": {"d_model": 40, "d_kv": 10, "num_heads": 4, "d_ff": 80, "num_layers": 2},
     "1/50": {"d_model": 20, "d_kv": 10, "num_heads": 2, "d_ff": 40, "num_layers": 2},
 }
@@ -203,7 +203,7 @@ class Study:
             if term == "velocity" and halves:
                 # More, or a step as long as a rare gradient of 100 times the usual norm, and
                 # velocity first undoes what was learned; the wider the student, the sooner.
-                rate, norm = 1e-4 * 64 / SIZES[group.size]["d_model"], 0.05
+                rate, norm = 1e-4 * 64 / student.config.d_model, 0.05
             updates = self.embedding if term == "embedding" else self.velocity
             config = settings(
                 objective=term,
@@ -268,7 +268,7 @@ class Measure:
 
     def __init__(self, pipe: Any, count: int) -> None:
         self.pipe = pipe
-        self._teacher = pipe.text_encoder_2
+        self.teacher = pipe.text_encoder_2
         self._scenes, self._texts = captions(count, held_out=True)
         parts = [
             captions(GAP_CAPTIONS, held_out=True, seed=2, chatter=share) for share in (0.0, 1.0)
@@ -318,7 +318,7 @@ class Measure:
     @torch.no_grad()
     def _errors(self, student: nn.Module) -> dict[str, float]:
         """Squared distance of rows to the teacher's, over that of the teacher's to their mean."""
-        rows, of_teacher = student(self._ids)[0], self._teacher(self._ids)[0]
+        rows, of_teacher = student(self._ids)[0], self.teacher(self._ids)[0]
         kinds = self.kinds(self._ids)
         around = (of_teacher - of_teacher.mean((0, 1))).square().sum(-1)
         errors = (rows - of_teacher).square().sum(-1)
@@ -349,7 +349,7 @@ class Mixed(nn.Module):
     def __init__(self, measure: Measure, student: nn.Module, kind: str) -> None:
         super().__init__()
         self._measure, self._kind = measure, ROWS.index(kind)
-        self.student, self.teacher = student, measure._teacher
+        self.student, self.teacher = student, measure.teacher
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor]:
         of_student = (self._measure.kinds(input_ids) == self._kind)[..., None]
