@@ -7,6 +7,8 @@ Counted on the real classes with the configs of the published checkpoints, witho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -34,10 +36,14 @@ XXL = T5Config(
     feed_forward_proj="gated-gelu",
     tie_word_embeddings=False,
 )
-_SD3 = {
-    "sample_size": 128, "attention_head_dim": 64, "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048, "out_channels": 16, "qk_norm": "rms_norm",
-}  # fmt: skip
+CLIP_L = CLIPTextConfig(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    projection_dim=768,
+)  # fmt: skip
+CLIP_G = CLIPTextConfig(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+    projection_dim=1280,
+)  # fmt: skip
 
 
 def encoders() -> dict[str, nn.Module]:
@@ -49,44 +55,59 @@ def encoders() -> dict[str, nn.Module]:
     return {"T5-XXL": T5EncoderModel(XXL), **presets}
 
 
-def pipelines() -> dict[str, list[nn.Module]]:
+def pipelines() -> dict[str, dict[str, nn.Module]]:
     """What each pipeline holds beside its T5."""
-    clip_l = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-            projection_dim=768,
-        )
+    return {
+        "FLUX.1-dev": flux(),
+        "SD3.5 large": sd3_large(),
+        "SD3.5 medium": sd3_medium(),
+        "PixArt-Sigma": pixart(),
+    }
+
+
+def flux() -> dict[str, nn.Module]:
+    transformer = FluxTransformer2DModel(guidance_embeds=True)
+    return {"transformer": transformer, "text_encoder": CLIPTextModel(CLIP_L), "vae": vae()}
+
+
+def sd3_large() -> dict[str, nn.Module]:
+    return _sd3(38, pos_embed_max_size=192)
+
+
+def sd3_medium() -> dict[str, nn.Module]:
+    return _sd3(24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)))
+
+
+def _sd3(layers: int, **of_transformer: Any) -> dict[str, nn.Module]:
+    transformer = SD3Transformer2DModel(
+        sample_size=128, num_layers=layers, num_attention_heads=layers, attention_head_dim=64,
+        caption_projection_dim=layers * 64, joint_attention_dim=4096, pooled_projection_dim=2048,
+        out_channels=16, qk_norm="rms_norm", **of_transformer,
     )  # fmt: skip
-    clip_g = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
-            num_attention_heads=20, projection_dim=1280,
-        )
-    )  # fmt: skip
-    blocks = 4
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-    )  # fmt: skip
-    medium = SD3Transformer2DModel(
-        num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
-        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), **_SD3,
-    )  # fmt: skip
-    large = SD3Transformer2DModel(
-        num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
-        pos_embed_max_size=192, **_SD3,
-    )  # fmt: skip
-    pixart = PixArtTransformer2DModel(
+    return {
+        "transformer": transformer,
+        "text_encoder": CLIPTextModelWithProjection(CLIP_L),
+        "text_encoder_2": CLIPTextModelWithProjection(CLIP_G),
+        "vae": vae(),
+    }
+
+
+def pixart() -> dict[str, nn.Module]:
+    transformer = PixArtTransformer2DModel(
         sample_size=128, interpolation_scale=2, caption_channels=4096, cross_attention_dim=1152,
         in_channels=4, out_channels=8, use_additional_conditions=False,
     )  # fmt: skip
-    return {
-        "FLUX.1-dev": [FluxTransformer2DModel(guidance_embeds=True), clip_l, vae],
-        "SD3.5 large": [large, clip_l, clip_g, vae],
-        "SD3.5 medium": [medium, clip_l, clip_g, vae],
-        "PixArt-Sigma": [pixart, vae],
-    }
+    return {"transformer": transformer, "vae": vae()}
+
+
+def vae() -> AutoencoderKL:
+    blocks = 4
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+        scaling_factor=0.3611, shift_factor=0.1159,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+    )  # fmt: skip
 
 
 def count(*modules: nn.Module) -> int:
@@ -117,7 +138,7 @@ def main() -> None:
     }
     print(f"\n| GiB | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name, parts in of_pipelines.items():
-        rest = sum(map(gib, parts))
+        rest = sum(map(gib, parts.values()))
         print(f"| {name} | {' | '.join(f'{rest + size:.1f}' for size in columns.values())} |")
 
 

@@ -19,6 +19,7 @@ from distill_shapes import fresh_student  # noqa: E402
 from scaling_down import figures, study  # noqa: E402
 from scaling_down.study import (  # noqa: E402
     CONTROLS,
+    COSTS,
     OBJECTIVES,
     ROWS,
     SIZES,
@@ -80,11 +81,15 @@ def test_rows_of_one_kind_are_the_students(measure):
 def test_a_tiny_study(measure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "held_out", lambda: captions(1, held_out=True, seed=1)[1])
     tiny = Study(tmp_path, embedding=4, velocity=2, captions=2, count=1)
+    monkeypatch.setattr(study, "SIZES", {SMALLEST: SIZES[SMALLEST]})
     append(tmp_path / "results.jsonl", tiny.controls())
+    append(tmp_path / "results.jsonl", tiny.costs())
     append(tmp_path / "results.jsonl", tiny.records(Group(SMALLEST, 0)))
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    teacher, contextless, velocity, embedding, both = map(json.loads, lines)
+    teacher, contextless, costs, velocity, embedding, both = map(json.loads, lines)
     assert teacher["group"] == contextless["group"] == CONTROLS
+    assert costs["group"] == COSTS and costs["size"] == SMALLEST
+    assert costs["embedding"] > 0 and costs["velocity"] > 0
     assert contextless["gap"] > 0 and contextless["gap_of_rows"].keys() == set(ROWS)
     assert [p["updates"] for p in velocity["curve"]] == [1, 2]
     assert [p["updates"] for p in embedding["curve"]] == [2, 4, 6, 8]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,10 +20,11 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from torchmetrics.functional import spearman_corrcoef
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scaling_down.study import CONTROLS, MIDDLE, OBJECTIVES, ROWS, SIZES, SMALLEST
+from scaling_down.study import CONTROLS, COSTS, MIDDLE, OBJECTIVES, ROWS, SIZES, SMALLEST
 from shapes_world.world import CRITERIA
 
 Record = dict[str, Any]
+Point = dict[str, float]
 COMMITTED = Path(__file__).with_name("results.jsonl")
 VELOCITY, EMBEDDING, BOTH = OBJECTIVES
 COLORS = {VELOCITY: "tab:blue", EMBEDDING: "tab:orange", BOTH: "tab:green"}
@@ -39,6 +41,7 @@ def main() -> None:
     tables = {
         "Size and objective": sizes_table,
         "At equal cost": costs_table,
+        "Seconds of an update": prices_table,
         "Where the error is": rows_table,
         "Idle text": chatter_table,
         "Captions of one kind": kinds_table,
@@ -53,13 +56,15 @@ def main() -> None:
 
 
 class Results:
-    """The students' records; and those of the teacher and of the table without context."""
+    """The students' records; those of the teacher and of the table without context; and what an
+    update of each size costs, in seconds of the machine that was measured first."""
 
     def __init__(self, path: Path) -> None:
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        self.students: list[Record] = [r for r in records if r["group"] != CONTROLS]
+        self.students: list[Record] = [r for r in records if r["group"] not in (CONTROLS, COSTS)]
         controls = {r["objective"]: r for r in records if r["group"] == CONTROLS}
         self.teacher, self.contextless = controls["teacher"], controls["contextless"]
+        self.costs = {r["size"]: r for r in reversed(records) if r["group"] == COSTS}
 
     def of(self, kind: str = "all", chatter: float = 0.5, **wanted: Any) -> list[Record]:
         """Those of one kind: a size, an objective, ..."""
@@ -72,6 +77,12 @@ class Results:
             for objective in OBJECTIVES:
                 if found := self.of(size=size, objective=objective):
                     yield size, objective, found
+
+    def seconds(self, record: Record, point: Point) -> float:
+        """What a point of a student's curve had cost, at the price of updates measured alone."""
+        on_rows = max((p["updates"] for p in record["curve"] if not p["passes"]), default=0)
+        first, price = min(point["updates"], on_rows), self.costs[record["size"]]
+        return first * price[EMBEDDING] + (point["updates"] - first) * price[VELOCITY]
 
 
 # --- tables ---
@@ -98,34 +109,50 @@ def outcome(found: Sequence[Record]) -> list[str]:
 
 def costs_table(results: Results) -> list[list[str]]:
     """Gaps on the captions with which the runs were followed, each with what it had cost."""
-    heads = ["updates: velocity", "embedding", "seconds of one half: velocity", "embedding"]
-    heads += ["seconds of two halves: embedding", BOTH, "passes: velocity", BOTH]
-    rows = [["size", *heads]]
+    by_then = f"{EMBEDDING} by then"
+    heads = [f"updates: {VELOCITY}", by_then, f"passes: {VELOCITY}", BOTH]
+    heads += [f"seconds: {VELOCITY}", by_then, f"seconds: {BOTH}", by_then]
+    rows = [["size", *heads, f"{EMBEDDING} in the end"]]
     for size in SIZES:
         velocity, embedding, both = (results.of(size=size, objective=o) for o in OBJECTIVES)
         if not (velocity and embedding and both):
             continue
-        updates = velocity[0]["curve"][-1]["updates"]
-        half = len(embedding[0]["curve"]) // 2 - 1
-        pairs = [
-            (velocity, -1, "updates"),
-            (embedding, [p["updates"] for p in embedding[0]["curve"]].index(updates), "updates"),
-            (velocity, -1, "seconds"),
-            (embedding, half, "seconds"),
-            (embedding, -1, "seconds"),
-            (both, -1, "seconds"),
-            (velocity, -1, "passes"),
-            (both, -1, "passes"),
-        ]
-        rows.append([size, *(costly(*pair) for pair in pairs)])
+        cells = []
+        for cost, first, second in (
+            (updates, velocity, embedding),
+            (passes, velocity, both),
+            (results.seconds, velocity, embedding),
+            (results.seconds, both, embedding),
+        ):
+            limit = cost(first[0], first[0]["curve"][-1])
+            cells += [costly(found, cost, limit) for found in (first, second)]
+        rows.append([size, *cells, costly(embedding, results.seconds)])
     return rows
 
 
-def costly(found: Sequence[Record], index: int, unit: str) -> str:
-    """The mean gap at a point of the curves, and what it had cost until there."""
-    points = [record["curve"][index] for record in found]
-    mean, cost = (sum(p[key] for p in points) / len(points) for key in ("gap", unit))
-    return f"{mean:.3g} ({cost:,.0f})"
+def updates(_: Record, point: Point) -> float:
+    return point["updates"]
+
+
+def passes(_: Record, point: Point) -> float:
+    return point["passes"]
+
+
+def costly(
+    found: Sequence[Record], cost: Callable[[Record, Point], float], limit: float = math.inf
+) -> str:
+    """The mean gap at the last point of the curves within a limit, and what it had cost."""
+    points = [[p for p in record["curve"] if cost(record, p) <= limit][-1] for record in found]
+    mean = sum(point["gap"] for point in points) / len(points)
+    return f"{mean:.3g} ({cost(found[0], points[0]):,.0f})"
+
+
+def prices_table(results: Results) -> list[list[str]]:
+    terms = EMBEDDING, VELOCITY
+    rows = [["size", "device", *(f"seconds of an update: {term}" for term in terms)]]
+    for cost in (results.costs[size] for size in SIZES if size in results.costs):
+        rows.append([cost["size"], cost["device"], *(f"{cost[term]:.3f}" for term in terms)])
+    return rows
 
 
 def rows_table(results: Results) -> list[list[str]]:
@@ -144,13 +171,14 @@ def rows_table(results: Results) -> list[list[str]]:
 def chatter_table(results: Results) -> list[list[str]]:
     parts = ("alone", "with a sentence")
     heads = ["idle text beside", "learned from", "gap", *(f"gap, caption {part}" for part in parts)]
-    rows = [[*heads, *SKILLS.values()]]
+    rows = [[*heads, "error of visual rows", *SKILLS.values()]]
     for share in (0.0, 0.5, 1.0):
         for objective in (EMBEDDING, BOTH):
             if found := results.of(size=SMALLEST, chatter=share, objective=objective):
                 gaps = [over(found, lambda r, part=part: r["gap_of"][part]) for part in parts]
+                error = over(found, lambda r: r["error_of_rows"]["visual"])
                 right = [percent(found, skill) for skill in SKILLS]
-                rows.append([f"{share:.0%}", objective, over(found, gap), *gaps, *right])
+                rows.append([f"{share:.0%}", objective, over(found, gap), *gaps, error, *right])
     return rows
 
 
@@ -164,17 +192,24 @@ def kinds_table(results: Results) -> list[list[str]]:
 
 
 def ranks_table(results: Results) -> list[list[str]]:
-    rows = [["pictures right in", "students", "rank correlation with the gap", "95% interval"]]
+    kinds = "the gap", "the gap of such captions"
+    heads = [head for kind in kinds for head in (f"rank correlation with {kind}", "95% interval")]
+    rows = [["pictures right in", "students", *heads]]
     for skill, name in (*SKILLS.items(), (None, "all criteria")):
-        rank, low, high = rank_correlation(results.students, skill)
-        interval = f"{low:.3f} to {high:.3f}"
-        rows.append([name, str(len(results.students)), f"{rank:.3f}", interval])
+        cells = [name, str(len(results.students))]
+        for of in (None, skill):
+            rank, low, high = rank_correlation(results.students, skill, of)
+            cells += [f"{rank:.3f}", f"{low:.3f} to {high:.3f}"]
+        rows.append(cells)
     return rows
 
 
-def rank_correlation(students: Sequence[Record], skill: str | None) -> tuple[float, float, float]:
-    """Spearman's of gap and accuracy, and its interval, from students drawn again with return."""
-    gaps = torch.tensor([gap(r) for r in students], dtype=torch.float64)
+def rank_correlation(
+    students: Sequence[Record], skill: str | None, of: str | None
+) -> tuple[float, float, float]:
+    """Spearman's of accuracy in a skill and the gap of the captions of one, and its interval, from
+    students drawn again with return."""
+    gaps = torch.tensor([gap(r, of) for r in students], dtype=torch.float64)
     right = torch.tensor([accuracy(r, skill) for r in students], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     drawn = []
@@ -186,8 +221,11 @@ def rank_correlation(students: Sequence[Record], skill: str | None) -> tuple[flo
     return spearman_corrcoef(gaps, right).item(), low.item(), high.item()
 
 
-def gap(record: Record) -> float:
-    return record["gap"]
+def gap(record: Record, skill: str | None = None) -> float:
+    """Of all captions; or of those that a skill is judged by."""
+    if skill is None:
+        return record["gap"]
+    return record["gap_of"]["text" if skill == "letters" else skill]
 
 
 def accuracy(record: Record, skill: str | None) -> float:
@@ -257,7 +295,7 @@ def draw_curves(results: Results) -> Figure:
     for axes, size in zip(every, SIZES, strict=True):
         for objective, color in COLORS.items():
             for record in results.of(size=size, objective=objective):
-                points = [(p["seconds"], p["gap"]) for p in record["curve"]]
+                points = [(results.seconds(record, p), p["gap"]) for p in record["curve"]]
                 label = objective if record["seed"] == 0 else None
                 axes.plot(*zip(*points, strict=True), color=color, label=label, marker=".")
         axes.set(xlabel="seconds", title=f"{size} of the teacher")
@@ -276,10 +314,11 @@ def draw_rank(results: Results) -> Figure:
         for objective, color in COLORS.items():
             found = [r for r in results.students if r["objective"] == objective]
             right = [accuracy(r, skill) for r in found]
-            axes.scatter(list(map(gap, found)), right, color=color, label=objective, s=18)
-        rank, low, high = rank_correlation(results.students, skill)
+            gaps = [gap(r, skill) for r in found]
+            axes.scatter(gaps, right, color=color, label=objective, s=18)
+        rank, low, high = rank_correlation(results.students, skill, skill)
         axes.set_title(f"{name}: rank correlation {rank:.2f} ({low:.2f} to {high:.2f})", size=9)
-        axes.set(xlabel="velocity gap")
+        axes.set(xlabel="velocity gap of such captions")
         logarithmic(axes, "x", labels=(1,))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3, which="both")

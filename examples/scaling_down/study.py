@@ -12,12 +12,14 @@ context is the control.
 
 A group of runs with the same start is the work of one process. What it measured is a line for each
 of its students in `results.jsonl`. A group that is there isn't made again; one that was killed goes
-on from its last checkpoint.
+on from its last checkpoint. Several machines share the work by `--groups`; their `results.jsonl`
+can then be put one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import functools
 import json
 import multiprocessing
@@ -40,6 +42,7 @@ from shapes_world.painting import CALL, captions, load_pipeline, paint
 
 import t5slim
 from t5slim.distill import (
+    DistillConfig,
     DistillResult,
     GapTable,
     VelocityGap,
@@ -98,7 +101,7 @@ class Group:
         return [text for scene, text in pairs if self.kind in ("all", scene.criterion)]
 
 
-CONTROLS = "controls"
+CONTROLS, COSTS = "controls", "costs"
 
 
 def groups(seeds: Sequence[int] = SEEDS) -> list[Group]:
@@ -116,22 +119,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder for runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else 2)
+    parser.add_argument("--groups", nargs="+", default=["*"], help="those of such names: '1-4-*'")
+    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 2)
     parser.add_argument("--embedding", type=int, default=4800, help="updates of half a run")
     parser.add_argument("--velocity", type=int, default=600, help="updates of half a run")
     parser.add_argument("--captions", type=int, default=2000, help="to train on, of each criterion")
     parser.add_argument("--count", type=int, default=40, help="judged pictures of each criterion")
     args = parser.parse_args()
+    wanted = [
+        group
+        for group in groups(args.seeds)
+        if any(fnmatch.fnmatch(group.name, pattern) for pattern in args.groups)
+    ]
+    if not wanted:
+        parser.error(f"no group has such a name; there are {[g.name for g in groups(args.seeds)]}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the processes with it
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.jsonl"
     lines = results.read_text().splitlines() if results.exists() else []
     done = {json.loads(line)["group"] for line in lines}
+    threads = max(1, (os.cpu_count() or 1) // args.workers)
+    torch.set_num_threads(threads)
     study = Study(args.out, args.embedding, args.velocity, args.captions, args.count)
     if CONTROLS not in done:
         append(results, study.controls())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the processes with it
-    missing = [group for group in groups(args.seeds) if group.name not in done]
-    threads = max(1, (os.cpu_count() or 1) // args.workers)
+    if COSTS not in done:
+        append(results, study.costs())
+    missing = [group for group in wanted if group.name not in done]
     context = multiprocessing.get_context("spawn")  # CUDA can't be forked
     with context.Pool(args.workers, torch.set_num_threads, (threads,)) as pool:
         work = pool.imap_unordered(study.records, missing)
@@ -180,6 +194,23 @@ class Study:
         control = {"objective": "contextless", "parameters": known} | measure(table)
         return [{"group": CONTROLS} | one for one in (teacher, control)]
 
+    def costs(self) -> list[dict[str, Any]]:
+        """Seconds of an update of each size, before there are other processes: those of the runs
+        depend on what runs beside them."""
+        pipe, found = measure_of_this_process(self.count).pipe, []
+        for size in tqdm(SIZES, "seconds of an update", unit="size"):
+            record: dict[str, Any] = {"group": COSTS, "device": device_name(pipe), "size": size}
+            for term, updates in {"embedding": self.embedding, "velocity": self.velocity}.items():
+                # Of the second half: the first also loads what a GPU and the teacher's rows need.
+                steps = -(-updates // 30)
+                config = self._config(term, max_steps=2 * steps, eval_every=steps)
+                student, prompts = fresh_student(**SIZES[size]), held_out()[:1]
+                result = self._train(pipe, student, Group(size, 0), config, eval_prompts=prompts)
+                begin, end = (entry["seconds"] for entry in result.history)
+                record[term] = (end - begin) / steps
+            found.append(record)
+        return found
+
     def records(self, group: Group) -> list[dict[str, Any]]:
         """What each student of a group came to."""
         measure = measure_of_this_process(self.count)
@@ -204,37 +235,50 @@ class Study:
                 # More, or a step as long as a rare gradient of 100 times the usual norm, and
                 # velocity first undoes what was learned; the wider the student, the sooner.
                 rate, norm = 1e-4 * 64 / student.config.d_model, 0.05
-            updates = self.embedding if term == "embedding" else self.velocity
-            config = settings(
-                objective=term,
-                max_steps=updates,
-                batch_size=16 if term == "embedding" else 8,
+            config = self._config(
+                term,
                 learning_rate=rate,
                 lr_schedule=schedule,
                 max_grad_norm=norm,
-                ema_decay=0.99,
-                eval_every=self.velocity if term == "embedding" else -(-updates // 4),
+                eval_every=self.velocity if term == "embedding" else -(-self.velocity // 4),
                 seed=group.seed,
-                trackers=(),
             )
             name = "-then-".join(OBJECTIVES[objective][: len(halves) + 1])
-            with cached_teacher(pipe, self._rows):
-                result = train(
-                    pipe,
-                    student,
-                    group.prompts(self.captions),
-                    config,
-                    pipeline_kwargs=CALL,
-                    eval_prompts=held_out(),
-                    output_dir=self.folder / group.name / name,
-                    resume=True,
+            folder = self.folder / group.name / name
+            halves.append(
+                self._train(
+                    pipe, student, group, config,
+                    eval_prompts=held_out(), output_dir=folder, resume=True,
                 )
-            halves.append(result)
+            )  # fmt: skip
         return halves
+
+    def _config(self, term: str, **changes: Any) -> DistillConfig:
+        of_term: dict[str, Any] = {
+            "embedding": {"max_steps": self.embedding, "batch_size": 16},
+            "velocity": {"max_steps": self.velocity, "batch_size": 8},
+        }[term]
+        # In float32 on all devices, so that their results can be put together.
+        common = {"objective": term, "ema_decay": 0.99, "mixed_precision": "no", "trackers": ()}
+        return settings(**common | of_term | changes)
+
+    def _train(
+        self, pipe: Any, student: nn.Module, group: Group, config: DistillConfig, **options: Any
+    ) -> DistillResult:
+        prompts = group.prompts(self.captions)
+        with cached_teacher(pipe, self._rows):
+            return train(pipe, student, prompts, config, pipeline_kwargs=CALL, **options)
 
     @property
     def _rows(self) -> Path:
         return self.folder / "teacher-rows"
+
+
+def device_name(pipe: Any) -> str:
+    """Of the device; of a CPU, the number of its threads."""
+    if pipe.device.type == "cuda":
+        return torch.cuda.get_device_name(pipe.device)
+    return f"CPU, threads: {torch.get_num_threads()}"
 
 
 def held_out() -> list[str]:
@@ -243,14 +287,13 @@ def held_out() -> list[str]:
 
 
 def curve(halves: Sequence[DistillResult]) -> list[dict[str, float]]:
-    """The gap after so many updates, denoiser passes and seconds, through all halves."""
-    points, before = [], {"updates": 0, "passes": 0, "seconds": 0.0}
+    """The gap after so many updates and denoiser passes, through all halves."""
+    points, before = [], {"updates": 0, "passes": 0}
     for half in halves:
         for entry in half.history:
             costs = {
                 "updates": entry["step"],
                 "passes": entry["teacher_rows"] + 2 * entry["student_rows"],  # there and back
-                "seconds": entry["seconds"],
             }
             point = {key: before[key] + cost for key, cost in costs.items()}
             points.append(point | {"gap": entry["velocity_gap"]})
