@@ -469,3 +469,12 @@ def test_from_the_command_line(
     assert "weights on disk" in printed and (tmp_path / "out" / "comparison.html").exists()
     with pytest.raises(SystemExit, match="another students"):
         main([*arguments[:3], *arguments[4:]])
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("t5slim.evaluate.__main__.compare", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 130
+    assert "goes on with what is finished in out" in capsys.readouterr().err

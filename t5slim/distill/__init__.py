@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from .cache import TeacherCache
     from .cached import cache_teacher, cached_teacher, free_teacher
     from .config import DistillConfig, Term
+    from .gap import GapReport, GapTable
     from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
-    from .metrics import GapReport, GapTable, VelocityGap, velocity_gap
+    from .metrics import VelocityGap, velocity_gap
     from .plan import Plan, make_plan
     from .prompts import (
         GeneratedPrompts,
@@ -34,8 +35,8 @@ _MODULES = {
     "EmbeddingLoss": "losses",
     "RelationalLoss": "losses",
     "Term": "config",
-    "GapReport": "metrics",
-    "GapTable": "metrics",
+    "GapReport": "gap",
+    "GapTable": "gap",
     "GeneratedPrompts": "prompts",
     "Plan": "plan",
     "PromptList": "prompts",

@@ -9,10 +9,9 @@ torchrun --nproc_per_node 8 -m t5slim.distill --config run.yaml
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from ..errors import T5SlimError
+from ..command import plain_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="what differs from the file: dotted keys, values in YAML (config.max_steps=1000)",
     )  # fmt: skip
     given = parser.parse_intermixed_args(arguments)
-    try:
+    with plain_errors():
         from accelerate import PartialState  # type: ignore[import-untyped]
 
         from .run import DistillRun
@@ -40,11 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if PartialState().is_main_process:
             for part in outcome if isinstance(outcome, list) else [outcome]:
                 print(part)
-    except T5SlimError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

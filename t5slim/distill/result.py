@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..encoder import SlimT5Encoder
-from .metrics import GapReport, mean_report
+from .gap import GapReport, mean_report
 
 
 @dataclass

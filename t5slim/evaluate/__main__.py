@@ -7,14 +7,13 @@ python -m t5slim.evaluate --pipeline black-forest-labs/FLUX.1-dev --prompts prom
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
 
+from ..command import plain_errors
 from ..distill.sources import PipelineSource
 from ..distill.yaml_file import change
-from ..errors import T5SlimError
 from .measure import compare
 
 
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="how the pipeline is called, values in YAML (height=512)",
     )  # fmt: skip
     given = parser.parse_intermixed_args(arguments)
-    try:
+    with plain_errors(f"Stopped. The same command goes on with what is finished in {given.out}."):
         kwargs: dict[str, object] = {}
         change(kwargs, given.pipeline_kwargs)
         source = PipelineSource(
@@ -53,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pipe, given.students, given.prompts, seeds=given.seeds, pipeline_kwargs=kwargs,
             batch_size=given.batch_size, tokens=given.tokens, output_dir=given.out,
         )  # fmt: skip
-    except T5SlimError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     print(comparison)
     print(f"\nThe same with pictures: {given.out}/comparison.html")
 
