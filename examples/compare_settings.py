@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill_shapes import fresh_student
+from distill_shapes import fresh_student, passes
 from matplotlib.figure import Figure
 from shapes_world import judge
 from shapes_world.painting import CALL, SMALL_T5, captions, load_pipeline, paint
@@ -130,10 +130,7 @@ def way(name: str, updates: int, seed: int) -> tuple[DistillConfig, list[str] | 
 def curve(result: DistillResult, unit: str) -> list[tuple[float, float]]:
     """(cost, gap) of each evaluation; the cost in "passes" or "seconds"."""
     return [
-        (
-            entry["teacher_rows"] + 2 * entry["student_rows"] if unit == "passes" else entry[unit],
-            entry["velocity_gap"],
-        )
+        (passes(entry) if unit == "passes" else entry[unit], entry["velocity_gap"])
         for entry in result.history
     ]
 

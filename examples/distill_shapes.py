@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from shapes_world.painting import BF16, CALL, PIPELINE, captions, load_pipeline
@@ -91,6 +92,12 @@ def main() -> None:
     print(f"The student is in {args.out}:")
     for path in args.pipeline:
         print(f"python examples/quickstart.py --pipeline {path} --student {args.out}")
+
+
+def passes(entry: dict[str, Any]) -> int:
+    """Of rows through the denoiser, at an entry of a run's history: a student's go there and back,
+    and the way back costs about as much."""
+    return int(entry["teacher_rows"] + 2 * entry["student_rows"])
 
 
 def settings(**changes: object) -> DistillConfig:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from distill_shapes import fresh_student  # noqa: E402
-from scaling_down import figures, study  # noqa: E402
+from scaling_down import figures, gradients, study  # noqa: E402
 from scaling_down.study import (  # noqa: E402
     CONTROLS,
     COSTS,
@@ -105,6 +105,14 @@ def test_a_tiny_study(measure, tmp_path, capsys, monkeypatch):
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "scaling-sizes.png", "scaling-curves.png", "scaling-rank.png",
     }  # fmt: skip
+
+    monkeypatch.setattr(gradients, "WALKS", gradients.ROWS_OF_BATCH["embedding"])
+    monkeypatch.setattr(gradients, "BATCHES", 2)
+    monkeypatch.setattr(sys, "argv", ["gradients.py", "--runs", str(tmp_path)])
+    gradients.main()
+    size, *shares = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert size == SMALLEST and len(shares) == 2
+    assert all(0 < abs(float(share.removesuffix("%"))) <= 100 for share in shares)
 
 
 def test_the_page_has_the_committed_tables(capsys, monkeypatch):

@@ -197,10 +197,10 @@ def ranks_table(results: Results) -> list[list[str]]:
     rows = [["pictures right in", "students", *heads]]
     for skill, name in (*SKILLS.items(), (None, "all criteria")):
         cells = [name, str(len(results.students))]
-        for of in (None, skill):
+        for of in (None, skill) if skill else (None,):
             rank, low, high = rank_correlation(results.students, skill, of)
             cells += [f"{rank:.3f}", f"{low:.3f} to {high:.3f}"]
-        rows.append(cells)
+        rows.append(cells + [""] * (len(rows[0]) - len(cells)))
     return rows
 
 
@@ -213,7 +213,7 @@ def rank_correlation(
     right = torch.tensor([accuracy(r, skill) for r in students], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     drawn = []
-    for _ in range(2000):
+    for _ in range(1000):
         index = torch.randint(len(students), (len(students),), generator=generator)
         drawn.append(spearman_corrcoef(gaps[index], right[index]))
     ranks = torch.stack(drawn)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from distill_shapes import fresh_student, settings
+from distill_shapes import fresh_student, passes, settings
 from shapes_world import judge, world
 from shapes_world.painting import CALL, captions, load_pipeline, paint
 
@@ -291,10 +291,7 @@ def curve(halves: Sequence[DistillResult]) -> list[dict[str, float]]:
     points, before = [], {"updates": 0, "passes": 0}
     for half in halves:
         for entry in half.history:
-            costs = {
-                "updates": entry["step"],
-                "passes": entry["teacher_rows"] + 2 * entry["student_rows"],  # there and back
-            }
+            costs = {"updates": entry["step"], "passes": passes(entry)}
             point = {key: before[key] + cost for key, cost in costs.items()}
             points.append(point | {"gap": entry["velocity_gap"]})
         before = {key: points[-1][key] for key in before}
