@@ -27,7 +27,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +198,15 @@ class Study:
         """Seconds of an update of each size, before there are other processes: those of the runs
         depend on what runs beside them."""
         pipe, found = measure_of_this_process(self.count).pipe, []
+        few = replace(self, captions=-(-self.captions // 30))  # all known when time is taken
         for size in tqdm(SIZES, "seconds of an update", unit="size"):
             record: dict[str, Any] = {"group": COSTS, "device": device_name(pipe), "size": size}
             for term, updates in {"embedding": self.embedding, "velocity": self.velocity}.items():
-                # Of the second half: the first also loads what a GPU and the teacher's rows need.
+                # Of the second half: the first reads the teacher's rows, and a GPU its kernels.
                 steps = -(-updates // 30)
                 config = self._config(term, max_steps=2 * steps, eval_every=steps)
                 student, prompts = fresh_student(**SIZES[size]), held_out()[:1]
-                result = self._train(pipe, student, Group(size, 0), config, eval_prompts=prompts)
+                result = few._train(pipe, student, Group(size, 0), config, eval_prompts=prompts)
                 begin, end = (entry["seconds"] for entry in result.history)
                 record[term] = (end - begin) / steps
             found.append(record)
