@@ -26,8 +26,8 @@ from shapes_world.world import CRITERIA
 Record = dict[str, Any]
 Point = dict[str, float]
 COMMITTED = Path(__file__).with_name("results.jsonl")
-VELOCITY, EMBEDDING, BOTH = OBJECTIVES
-COLORS = {VELOCITY: "tab:blue", EMBEDDING: "tab:orange", BOTH: "tab:green"}
+VELOCITY, EMBEDDING, LONGER, BOTH = OBJECTIVES
+COLORS = {VELOCITY: "tab:blue", EMBEDDING: "tab:orange", LONGER: "tab:red", BOTH: "tab:green"}
 SKILLS = {"quality": "quality", "semantics": "semantics", "text": "words", "letters": "letters"}
 
 
@@ -43,6 +43,7 @@ def main() -> None:
         "At equal cost": costs_table,
         "Seconds of an update": prices_table,
         "Where the error is": rows_table,
+        "Rows that are matched": matched_table,
         "Idle text": chatter_table,
         "Captions of one kind": kinds_table,
         "What the gap says of the pictures": ranks_table,
@@ -66,9 +67,9 @@ class Results:
         self.teacher, self.contextless = controls["teacher"], controls["contextless"]
         self.costs = {r["size"]: r for r in reversed(records) if r["group"] == COSTS}
 
-    def of(self, kind: str = "all", chatter: float = 0.5, **wanted: Any) -> list[Record]:
+    def of(self, **wanted: Any) -> list[Record]:
         """Those of one kind: a size, an objective, ..."""
-        wanted |= {"kind": kind, "chatter": chatter}
+        wanted = {"kind": "all", "chatter": 0.5, "rows": "all"} | wanted
         return [r for r in self.students if all(r[key] == v for key, v in wanted.items())]
 
     def cells(self) -> Iterator[tuple[str, str, list[Record]]]:
@@ -112,9 +113,10 @@ def costs_table(results: Results) -> list[list[str]]:
     by_then = f"{EMBEDDING} by then"
     heads = [f"updates: {VELOCITY}", by_then, f"passes: {VELOCITY}", BOTH]
     heads += [f"seconds: {VELOCITY}", by_then, f"seconds: {BOTH}", by_then]
-    rows = [["size", *heads, f"{EMBEDDING} in the end"]]
+    rows = [["size", *heads, *(f"{objective} in the end" for objective in (EMBEDDING, LONGER))]]
     for size in SIZES:
-        velocity, embedding, both = (results.of(size=size, objective=o) for o in OBJECTIVES)
+        of_size = [results.of(size=size, objective=objective) for objective in OBJECTIVES]
+        velocity, embedding, longer, both = of_size
         if not (velocity and embedding and both):
             continue
         cells = []
@@ -126,7 +128,8 @@ def costs_table(results: Results) -> list[list[str]]:
         ):
             limit = cost(first[0], first[0]["curve"][-1])
             cells += [costly(found, cost, limit) for found in (first, second)]
-        rows.append([size, *cells, costly(embedding, results.seconds)])
+        cells.append(costly(embedding, results.seconds))
+        rows.append([size, *cells, costly(longer, results.seconds) if longer else ""])
     return rows
 
 
@@ -168,6 +171,20 @@ def rows_table(results: Results) -> list[list[str]]:
     return rows
 
 
+def matched_table(results: Results) -> list[list[str]]:
+    """Of students whose embeddings were matched in some rows only."""
+    heads = ["rows", "learned from", "gap", *(f"gap of {kind} rows" for kind in ROWS)]
+    rows = [[*heads, "error of visual rows", *SKILLS.values()]]
+    for matched in ("all", "visual+idle", "visual"):
+        for objective in (EMBEDDING, BOTH):
+            if found := results.of(size=SMALLEST, rows=matched, objective=objective):
+                gaps = [over(found, lambda r, kind=kind: r["gap_of_rows"][kind]) for kind in ROWS]
+                error = over(found, lambda r: r["error_of_rows"]["visual"])
+                right = [percent(found, skill) for skill in SKILLS]
+                rows.append([matched, objective, over(found, gap), *gaps, error, *right])
+    return rows
+
+
 def chatter_table(results: Results) -> list[list[str]]:
     parts = ("alone", "with a sentence")
     heads = ["idle text beside", "learned from", "gap", *(f"gap, caption {part}" for part in parts)]
@@ -185,7 +202,7 @@ def chatter_table(results: Results) -> list[list[str]]:
 def kinds_table(results: Results) -> list[list[str]]:
     rows = [["captions", *SKILLS.values(), *(f"gap of {criterion}" for criterion in CRITERIA)]]
     for kind in (*CRITERIA, "all"):
-        if found := results.of(kind, size=MIDDLE, objective=BOTH):
+        if found := results.of(kind=kind, size=MIDDLE, objective=BOTH):
             gaps = [over(found, lambda r, c=criterion: r["gap_of"][c]) for criterion in CRITERIA]
             rows.append([kind, *(percent(found, skill) for skill in SKILLS), *gaps])
     return rows

@@ -6,14 +6,15 @@ r"""The paper's scaling-down study in the miniature world: what a student loses 
 Students of five sizes learn from the teacher's rows (naive embedding matching), from what the
 denoiser makes of them (velocity matching), or from the one and then the other; each from three
 seeds. Half of an embedding run is the start of both its own second half and of one of velocity,
-which takes about as many seconds: these two differ in nothing else. Velocity alone takes one such
-half. Then the data: captions of one kind alone, and with more or less idle text. A table without
-context is the control.
+which takes about as many seconds: these two differ in nothing else. Where velocity takes more, a
+longer second half takes as many and more. Velocity alone takes one such half. Then the data:
+captions of one kind alone, with more or less idle text, and rows that embeddings are matched in
+without padding, or without idle words too. A table without context is the control.
 
 A group of runs with the same start is the work of one process. What it measured is a line for each
-of its students in `results.jsonl`. A group that is there isn't made again; one that was killed goes
-on from its last checkpoint. Several machines share the work by `--groups`; their `results.jsonl`
-can then be put one after the other.
+of its students in `results.jsonl`. A student that is there isn't made again; one whose run was
+killed goes on from its last checkpoint. Several machines share the work by `--groups`; their
+`results.jsonl` can then be put one after the other.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutput
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from distill_shapes import fresh_student, passes, settings
@@ -65,8 +68,12 @@ MIDDLE, SMALLEST = "1/21", "1/50"
 OBJECTIVES = {
     "velocity": ("velocity",),
     "embedding": ("embedding", "embedding"),
+    "longer embedding": ("embedding", "embedding twice"),
     "embedding then velocity": ("embedding", "velocity"),
 }
+# An update of velocity is dear, whatever the student's size: in as many seconds as half a run takes
+# of these, there is time for more embeddings than in the other half.
+SHORT_OF_EMBEDDINGS = ("1/21", "1/33", "1/50")
 SEEDS = (0, 1, 2)
 GAP_CAPTIONS = 4  # of each criterion, each with and without an idle sentence
 STEPS = 4  # in which pictures are painted to be judged: the teacher's are right in one already
@@ -81,6 +88,7 @@ class Group:
         seed: of its first weights, and of all that is drawn in training.
         kind: of its captions, a criterion; or "all".
         chatter: share of the captions that have an idle sentence beside them.
+        rows: that embeddings are matched in: "all", or some of `ROWS` with "+" between.
         objectives: what the students learn from, after the same start.
     """
 
@@ -88,11 +96,13 @@ class Group:
     seed: int
     kind: str = "all"
     chatter: float = 0.5
+    rows: str = "all"
     objectives: tuple[str, ...] = tuple(OBJECTIVES)
 
     @property
     def name(self) -> str:
-        return f"{self.size.replace('/', '-')}-{self.kind}-{self.chatter:g}-{self.seed}"
+        name = f"{self.size.replace('/', '-')}-{self.kind}-{self.chatter:g}-{self.seed}"
+        return name if self.rows == "all" else f"{name}-{self.rows}"
 
     def prompts(self, count: int) -> list[str]:
         """`count` captions of each criterion in it."""
@@ -108,9 +118,14 @@ def groups(seeds: Sequence[int] = SEEDS) -> list[Group]:
     """All of them. Whole seeds first, so that a study that was stopped says something."""
     found, after = [], ("embedding", "embedding then velocity")
     for seed in seeds:
-        found += [Group(size, seed) for size in SIZES]
+        for size in SIZES:
+            longer = size in SHORT_OF_EMBEDDINGS
+            chosen = tuple(o for o in OBJECTIVES if longer or o != "longer embedding")
+            found.append(Group(size, seed, objectives=chosen))
         found += [Group(MIDDLE, seed, kind, objectives=after[1:]) for kind in world.CRITERIA]
-        found += [Group(SMALLEST, seed, "all", share, objectives=after) for share in (0.0, 1.0)]
+        smallest = functools.partial(Group, SMALLEST, seed, objectives=after)
+        found += [smallest(chatter=share) for share in (0.0, 1.0)]
+        found += [smallest(rows=rows) for rows in ("visual+idle", "visual")]
     return found
 
 
@@ -137,15 +152,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.jsonl"
     lines = results.read_text().splitlines() if results.exists() else []
-    done = {json.loads(line)["group"] for line in lines}
+    done = {(one["group"], one.get("objective")) for one in map(json.loads, lines)}
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     torch.set_num_threads(threads)
     study = Study(args.out, args.embedding, args.velocity, args.captions, args.count)
-    if CONTROLS not in done:
+    if (CONTROLS, "teacher") not in done:
         append(results, study.controls())
-    if COSTS not in done:
+    if (COSTS, None) not in done:
         append(results, study.costs())
-    missing = [group for group in wanted if group.name not in done]
+    missing = []
+    for group in wanted:
+        left = tuple(one for one in group.objectives if (group.name, one) not in done)
+        missing += [replace(group, objectives=left)] if left else []
     context = multiprocessing.get_context("spawn")  # CUDA can't be forked
     with context.Pool(args.workers, torch.set_num_threads, (threads,)) as pool:
         work = pool.imap_unordered(study.records, missing)
@@ -217,7 +235,7 @@ class Study:
         measure = measure_of_this_process(self.count)
         found = []
         for objective in group.objectives:
-            halves = self._halves(measure.pipe, group, objective)
+            halves = self._halves(measure, group, objective)
             student = halves[-1].student
             facts = {key: value for key, value in asdict(group).items() if key != "objectives"}
             facts |= {"group": group.name, "objective": objective}
@@ -225,11 +243,11 @@ class Study:
             found.append(facts | {"curve": curve(halves)} | measure(student))
         return found
 
-    def _halves(self, pipe: Any, group: Group, objective: str) -> list[DistillResult]:
+    def _halves(self, measure: Measure, group: Group, objective: str) -> list[DistillResult]:
         student = fresh_student(group.seed, **SIZES[group.size])
         halves: list[DistillResult] = []
         for term in OBJECTIVES[objective]:
-            rate, schedule, norm = (2e-3 if term == "embedding" else 3e-3), "cosine", 1.0
+            rate, schedule, norm = (3e-3 if term == "velocity" else 2e-3), "cosine", 1.0
             if len(OBJECTIVES[objective]) == 2 and not halves:
                 schedule = "constant"  # it goes on
             if term == "velocity" and halves:
@@ -241,26 +259,32 @@ class Study:
                 learning_rate=rate,
                 lr_schedule=schedule,
                 max_grad_norm=norm,
-                eval_every=self.velocity if term == "embedding" else -(-self.velocity // 4),
+                eval_every=-(-self.velocity // 4) if term == "velocity" else self.velocity,
                 seed=group.seed,
             )
-            name = "-then-".join(OBJECTIVES[objective][: len(halves) + 1])
+            name = "-then-".join(OBJECTIVES[objective][: len(halves) + 1]).replace(" ", "-")
             folder = self.folder / group.name / name
-            halves.append(
-                self._train(
-                    pipe, student, group, config,
-                    eval_prompts=held_out(), output_dir=folder, resume=True,
-                )
-            )  # fmt: skip
+            asked = ROWS if term == "velocity" or group.rows == "all" else group.rows.split("+")
+            with learning_rows(student, asked, measure.kinds):
+                halves.append(
+                    self._train(
+                        measure.pipe, student, group, config,
+                        eval_prompts=held_out(), output_dir=folder, resume=True,
+                    )
+                )  # fmt: skip
         return halves
 
     def _config(self, term: str, **changes: Any) -> DistillConfig:
+        of_embeddings = {"objective": "embedding", "batch_size": 16}
         of_term: dict[str, Any] = {
-            "embedding": {"max_steps": self.embedding, "batch_size": 16},
-            "velocity": {"max_steps": self.velocity, "batch_size": 8},
-        }[term]
+            "embedding": of_embeddings | {"max_steps": self.embedding},
+            "embedding twice": of_embeddings | {"max_steps": 2 * self.embedding},
+            "velocity": {
+                "objective": "velocity", "batch_size": 8, "max_steps": self.velocity,
+            },
+        }[term]  # fmt: skip
         # In float32 on all devices, so that their results can be put together.
-        common = {"objective": term, "ema_decay": 0.99, "mixed_precision": "no", "trackers": ()}
+        common = {"ema_decay": 0.99, "mixed_precision": "no", "trackers": ()}
         return settings(**common | of_term | changes)
 
     def _train(
@@ -299,9 +323,29 @@ def curve(halves: Sequence[DistillResult]) -> list[dict[str, float]]:
     return points
 
 
-# --- what is measured of a student ---
-
 ROWS = ("visual", "idle", "padding")
+
+
+@contextmanager
+def learning_rows(
+    student: nn.Module, asked: Sequence[str], kinds: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Within, a student learns nothing from its rows of other kinds; what they are is the same."""
+
+    def without_gradient(_: nn.Module, args: tuple[Tensor], output: BaseModelOutput) -> None:
+        rows, wanted = output.last_hidden_state, [ROWS.index(kind) for kind in asked]
+        of_kind = torch.isin(kinds(args[0]), torch.tensor(wanted, device=rows.device))
+        output.last_hidden_state = torch.where(of_kind[..., None], rows, rows.detach())
+
+    hook = student.register_forward_hook(without_gradient) if set(asked) != set(ROWS) else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
+# --- what is measured of a student ---
 
 
 class Measure:
