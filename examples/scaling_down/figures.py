@@ -319,7 +319,7 @@ def draw_curves(results: Results) -> Figure:
         logarithmic(axes, "y")
         axes.grid(alpha=0.3, which="both")
     every[0].set(ylabel="velocity gap")
-    next(axes for axes in every if axes.lines).legend()
+    max(every, key=lambda axes: len(axes.lines)).legend()  # where all objectives are
     return figure
 
 
@@ -340,7 +340,7 @@ def draw_rank(results: Results) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3, which="both")
     every[0].set(ylabel="pictures right")
-    every[0].legend()
+    every[0].legend(loc="center left", fontsize="small")
     return figure
 
 

@@ -71,8 +71,8 @@ OBJECTIVES = {
     "longer embedding": ("embedding", "embedding twice"),
     "embedding then velocity": ("embedding", "velocity"),
 }
-# An update of velocity is dear, whatever the student's size: in as many seconds as half a run takes
-# of these, there is time for more embeddings than in the other half.
+# Where half a run of velocity takes more seconds than half a run of embeddings, which `costs`
+# measures.
 SHORT_OF_EMBEDDINGS = ("1/21", "1/33", "1/50")
 SEEDS = (0, 1, 2)
 GAP_CAPTIONS = 4  # of each criterion, each with and without an idle sentence

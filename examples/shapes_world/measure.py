@@ -14,7 +14,7 @@ from pathlib import Path
 import t5slim
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from shapes_world import judge
+from shapes_world import judge, world
 from shapes_world.painting import PIPELINE, captions, load_pipeline, paint
 
 
@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
     parser.add_argument("--student", help="a folder or Hub id; without it, the teacher paints")
     parser.add_argument("--count", type=int, default=300, help="captions of each criterion")
+    parser.add_argument(
+        "--max-sequence-length", type=int, default=world.MAX_TOKENS, help="of T5: text and padding"
+    )
     args = parser.parse_args()
     pipe = load_pipeline(args.pipeline)
     if args.student:
@@ -31,7 +34,8 @@ def main() -> None:
     results = {}
     for name, chatter in (("caption alone", 0.0), ("with a sentence", 1.0)):
         scenes, texts = captions(args.count, held_out=True, chatter=chatter)
-        results[name] = judge.accuracy(scenes, paint(pipe, texts))
+        pictures = paint(pipe, texts, max_sequence_length=args.max_sequence_length)
+        results[name] = judge.accuracy(scenes, pictures)
     print(" " * 12 + "".join(f"{name:>18}" for name in results))
     for key in next(iter(results.values())):
         print(f"{key:<12}" + "".join(f"{result[key]:>18.1%}" for result in results.values()))
