@@ -16,17 +16,16 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from distill_shapes import fresh_student  # noqa: E402
-from scaling_down import figures, gradients, study  # noqa: E402
+from scaling_down import figures, gradients, measuring, study  # noqa: E402
+from scaling_down.measuring import ROWS, Mixed  # noqa: E402
 from scaling_down.study import (  # noqa: E402
     CONTROLS,
     COSTS,
     OBJECTIVES,
-    ROWS,
     SHORT_OF_EMBEDDINGS,
     SIZES,
     SMALLEST,
     Group,
-    Mixed,
     Study,
     append,
     groups,
@@ -39,8 +38,8 @@ from shapes_world.painting import captions  # noqa: E402
 @pytest.fixture(scope="module")
 def measure():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "GAP_CAPTIONS", 1)
-        return study.measure_of_this_process(1)
+        patch.setattr(measuring, "GAP_CAPTIONS", 1)
+        return measuring.measure_of_this_process(1)
 
 
 @pytest.mark.parametrize("size", SIZES)

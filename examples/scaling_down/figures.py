@@ -20,7 +20,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from torchmetrics.functional import spearman_corrcoef
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scaling_down.study import CONTROLS, COSTS, MIDDLE, OBJECTIVES, ROWS, SIZES, SMALLEST
+from scaling_down.measuring import ROWS
+from scaling_down.study import CONTROLS, COSTS, MIDDLE, OBJECTIVES, SIZES, SMALLEST
 from shapes_world.world import CRITERIA
 
 Record = dict[str, Any]
@@ -173,29 +174,37 @@ def rows_table(results: Results) -> list[list[str]]:
 
 def matched_table(results: Results) -> list[list[str]]:
     """Of students whose embeddings were matched in some rows only."""
-    heads = ["rows", "learned from", "gap", *(f"gap of {kind} rows" for kind in ROWS)]
-    rows = [[*heads, "error of visual rows", *SKILLS.values()]]
-    for matched in ("all", "visual+idle", "visual"):
-        for objective in (EMBEDDING, BOTH):
-            if found := results.of(size=SMALLEST, rows=matched, objective=objective):
-                gaps = [over(found, lambda r, kind=kind: r["gap_of_rows"][kind]) for kind in ROWS]
-                error = over(found, lambda r: r["error_of_rows"]["visual"])
-                right = [percent(found, skill) for skill in SKILLS]
-                rows.append([matched, objective, over(found, gap), *gaps, error, *right])
-    return rows
+    runs = {rows: {"rows": rows} for rows in ("all", "visual+idle", "visual")}
+    return smallest_table(
+        results, "rows", runs, "gap_of_rows", {f"{row} rows": row for row in ROWS}
+    )
 
 
 def chatter_table(results: Results) -> list[list[str]]:
-    parts = ("alone", "with a sentence")
-    heads = ["idle text beside", "learned from", "gap", *(f"gap, caption {part}" for part in parts)]
+    """Of students with more or less idle text beside their captions in training."""
+    runs = {f"{share:.0%}": {"chatter": share} for share in (0.0, 0.5, 1.0)}
+    parts = {f"captions {part}": part for part in ("alone", "with a sentence")}
+    return smallest_table(results, "idle text beside", runs, "gap_of", parts)
+
+
+def smallest_table(
+    results: Results,
+    what: str,
+    runs: dict[str, dict[str, Any]],
+    gaps_of: str,
+    parts: dict[str, str],
+) -> list[list[str]]:
+    """Of the smallest students, what differs between them in the first column; with the gaps of
+    some parts of what they are measured on."""
+    heads = [what, "learned from", "gap", *(f"gap of {part}" for part in parts)]
     rows = [[*heads, "error of visual rows", *SKILLS.values()]]
-    for share in (0.0, 0.5, 1.0):
+    for name, wanted in runs.items():
         for objective in (EMBEDDING, BOTH):
-            if found := results.of(size=SMALLEST, chatter=share, objective=objective):
-                gaps = [over(found, lambda r, part=part: r["gap_of"][part]) for part in parts]
+            if found := results.of(size=SMALLEST, objective=objective, **wanted):
+                gaps = [over(found, lambda r, key=key: r[gaps_of][key]) for key in parts.values()]
                 error = over(found, lambda r: r["error_of_rows"]["visual"])
                 right = [percent(found, skill) for skill in SKILLS]
-                rows.append([f"{share:.0%}", objective, over(found, gap), *gaps, error, *right])
+                rows.append([name, objective, over(found, gap), *gaps, error, *right])
     return rows
 
 
