@@ -234,13 +234,17 @@ def rank_correlation(
     students: Sequence[Record], skill: str | None, of: str | None
 ) -> tuple[float, float, float]:
     """Spearman's of accuracy in a skill and the gap of the captions of one, and its interval, from
-    students drawn again with return."""
+    groups drawn again with return: students with the same start aren't independent."""
     gaps = torch.tensor([gap(r, of) for r in students], dtype=torch.float64)
     right = torch.tensor([accuracy(r, skill) for r in students], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
+    groups: dict[str, list[int]] = {}
+    for i, student in enumerate(students):
+        groups.setdefault(student["group"], []).append(i)
+    generator, members = torch.Generator().manual_seed(0), list(groups.values())
     drawn = []
     for _ in range(1000):
-        index = torch.randint(len(students), (len(students),), generator=generator)
+        chosen = torch.randint(len(members), (len(members),), generator=generator).tolist()
+        index = [i for group in chosen for i in members[group]]
         drawn.append(spearman_corrcoef(gaps[index], right[index]))
     ranks = torch.stack(drawn)
     low, high = ranks.nanquantile(ranks.new_tensor([0.025, 0.975]))
