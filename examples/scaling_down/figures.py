@@ -197,14 +197,17 @@ def smallest_table(
     """Of the smallest students, what differs between them in the first column; with the gaps of
     some parts of what they are measured on."""
     heads = [what, "learned from", "gap", *(f"gap of {part}" for part in parts)]
-    rows = [[*heads, "error of visual rows", *SKILLS.values()]]
+    kinds = ROWS[:2]  # of the caption, and of the idle sentence
+    rows = [[*heads, *(f"error of {kind} rows" for kind in kinds), *SKILLS.values()]]
     for name, wanted in runs.items():
         for objective in (EMBEDDING, BOTH):
             if found := results.of(size=SMALLEST, objective=objective, **wanted):
                 gaps = [over(found, lambda r, key=key: r[gaps_of][key]) for key in parts.values()]
-                error = over(found, lambda r: r["error_of_rows"]["visual"])
+                errors = [
+                    over(found, lambda r, kind=kind: r["error_of_rows"][kind]) for kind in kinds
+                ]
                 right = [percent(found, skill) for skill in SKILLS]
-                rows.append([name, objective, over(found, gap), *gaps, error, *right])
+                rows.append([name, objective, over(found, gap), *gaps, *errors, *right])
     return rows
 
 

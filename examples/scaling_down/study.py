@@ -8,8 +8,8 @@ denoiser makes of them (velocity matching), or from the one and then the other; 
 seeds. Half of an embedding run is the start of both its own second half and of one of velocity,
 which takes about as many seconds: these two differ in nothing else. Where velocity takes more, a
 longer second half takes as many and more. Velocity alone takes one such half. Then the data:
-captions of one kind alone, with more or less idle text, and rows that embeddings are matched in
-without padding, or without idle words too. A table without context is the control.
+captions of one kind alone, more or less idle text, and embeddings that are matched without the
+padding, or without the idle words too. A table without context is the control.
 
 A group of runs with the same start is the work of one process. What it measured is a line for each
 of its students in `results.jsonl`. A student that is there isn't made again; one whose run was
