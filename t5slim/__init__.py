@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 # Not lazy: importing the encoder is what registers students with AutoModel, and what lets diffusers
 # find their class when it loads a saved pipeline (it looks in sys.modules only).
-from .contextless import ContextlessEncoder
 from .encoder import ProjectionAdapter, SlimT5Config, SlimT5Encoder
 from .errors import (
-    AlreadyPatchedError,
     CheckpointError,
     ConfigError,
     DistillError,
@@ -28,13 +26,10 @@ if TYPE_CHECKING:
     from . import distill as distill
     from . import evaluate as evaluate
     from .patch import patch_pipeline, unpatch_pipeline
-    from .published import students
 
 __all__ = [
-    "AlreadyPatchedError",
     "CheckpointError",
     "ConfigError",
-    "ContextlessEncoder",
     "DistillError",
     "EvaluateError",
     "HubAccessError",
@@ -46,27 +41,18 @@ __all__ = [
     "SlimT5Encoder",
     "T5SlimError",
     "patch_pipeline",
-    "students",
     "unpatch_pipeline",
 ]
 
-# Resolved on first use (PEP 562), so that `import t5slim` loads neither diffusers nor the trainer.
-_PACKAGES = ("distill", "evaluate")
-_LAZY = {
-    "patch_pipeline": "t5slim.patch",
-    "students": "t5slim.published",
-    "unpatch_pipeline": "t5slim.patch",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
+    """Resolve on first use (PEP 562): `import t5slim` loads neither diffusers nor the trainer."""
+    if name in ("distill", "evaluate"):
         return import_module(f"t5slim.{name}")
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
-    return value
+    if name in ("patch_pipeline", "unpatch_pipeline"):
+        return getattr(import_module("t5slim.patch"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+    return sorted({*globals(), *__all__, "distill", "evaluate"})

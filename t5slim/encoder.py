@@ -1,56 +1,193 @@
 """The student: a small T5 encoder and a projection to the width that the denoiser expects.
 
-The tensor names and config keys are those of the students that Wang et al. published (CVPR 2025,
-arXiv 2503.19897). diffusers records a component's class by module and name, so that
-`t5slim.encoder.SlimT5Encoder` is itself a part of the on-disk format of patched pipelines.
+Tensor names and config keys are those of the students that Wang et al. published (CVPR 2025,
+arXiv 2503.19897). diffusers records a component by its module and class: `t5slim.encoder` and
+`SlimT5Encoder` are themselves a part of the on-disk format of patched pipelines.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    GenerationConfig,
     T5Config,
     T5EncoderModel,
     T5PreTrainedModel,
     UMT5EncoderModel,
 )
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for it in this module
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
-from . import checkpoint, model_card
-from .adapter import ProjectionAdapter
-from .config import ENCODER_TYPES, SlimT5Config
+from . import hub
 from .errors import ConfigError
 
-_ENCODERS: dict[str, type[PreTrainedModel]] = dict(
-    zip(ENCODER_TYPES, (T5EncoderModel, UMT5EncoderModel), strict=True)
+# The shapes of Flan-T5, from which the paper starts.
+_PRESETS: dict[str, Any] = {
+    "small": {"d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
+    "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
+    "large": {"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
+    "xl": {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+}
+_T5_XXL_WIDTH = 4096
+_ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
+# Keys of config.json files of T5 beside the attributes of today's T5Config: written by older
+# versions of transformers, or about the decoder.
+_LEGACY_KEYS = re.compile(
+    "add_cross_attention|attn_implementation|auto_map|cross_attention_hidden_size|finetuning_task|"
+    "n_positions|name_or_path|num_labels|output_past|prefix|pruned_heads|quantization_config|"
+    "sep_token_id|task_specific_params|tf_legacy_loss|tie_encoder_decoder|tokenizer_class|"
+    "torch_dtype|torchscript|use_bfloat16|_.*"
 )
+# Before version 5, transformers wrote defaults of generation into each config.json as well.
+_KEYS = {*T5Config().to_dict(), *T5Config.attribute_map, *GenerationConfig().to_dict()}
+_KEYS |= {"base_model", "base_model_revision"}
+_SIZES = ["vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "project_out_dim"]
+_SIZES += ["relative_attention_num_buckets", "relative_attention_max_distance"]
+_IS_SIZE = ("an integer from 1", lambda value: type(value) is int and 0 < value < 2**31)
+_IS_FINITE = ("a finite number", lambda value: 0 <= value < math.inf)
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(_SIZES, _IS_SIZE),
+    "parameters": ("at most 20 billion (T5-XXL's encoder has 4.8)", lambda n: n <= 20 * 10**9),
+    "dropout_rate": ("a number from 0, below 1", lambda rate: 0 <= rate < 1),
+    **dict.fromkeys(["layer_norm_epsilon", "initializer_factor"], _IS_FINITE),
+    "encoder_type": ("'t5' or 'umt5'", lambda name: name in list(_ENCODERS)),
+    "dense_act_fn": ("'relu' or another `feed_forward_proj`", lambda name: name in ACT2FN),
+}
+
+
+class SlimT5Config(T5Config):
+    """Configuration of a `SlimT5Encoder`: a T5Config and the two widths of its projection.
+
+    Args:
+        project_in_dim: Input width of the projection: `d_model`, the student's own width.
+        project_out_dim: Output width D of the projection: T5-XXL's 4096 for FLUX.1 and SD3.
+        out_dim: Another name of `project_out_dim`, which older readers of the layout know.
+        encoder_type: "t5", or "umt5" for a UMT5 encoder, whose every layer has position biases of
+            its own: for Wan, AuraFlow and others that have a UMT5.
+        **kwargs: Any key of a T5 config.json; and `base_model` and `base_model_revision`, the Hub
+            id and commit of the T5 that the student was made from.
+
+    Raises:
+        ConfigError: An unknown key, or a value that is out of range.
+    """
+
+    # Not "t5", which the published files call themselves: AutoModel would then read a student as a
+    # T5Model and leave its projection out. T5Config and classes that use it still read "slim_t5".
+    model_type = "slim_t5"
+    project_out_dim = _T5_XXL_WIDTH  # T5Config's __init__ calls `to_dict`
+    encoder_type = "t5"
+
+    def __init__(
+        self,
+        *,
+        project_in_dim: int | None = None,
+        project_out_dim: int | None = None,
+        out_dim: int | None = None,
+        encoder_type: str = "t5",
+        **kwargs: Any,
+    ) -> None:
+        model_type = kwargs.pop("model_type", self.model_type)
+        if model_type not in ("t5", self.model_type):
+            raise ConfigError(f"model_type: expected 't5' or 'slim_t5', got {model_type!r}.")
+        for key in kwargs:
+            if key not in _KEYS and not _LEGACY_KEYS.fullmatch(key):
+                raise ConfigError(
+                    f"unknown key {key!r} in a student's config: expected those of a T5 config, "
+                    "project_in_dim and project_out_dim. Correct or remove it."
+                )
+        try:
+            super().__init__(**kwargs | {"tie_word_embeddings": False})
+            given = (project_out_dim, out_dim, _T5_XXL_WIDTH)
+            self.project_out_dim = next(width for width in given if width is not None)
+            self.project_in_dim = self.d_model if project_in_dim is None else project_in_dim
+            self.encoder_type = encoder_type
+            width = (f"d_model = {self.d_model}", lambda value: value == self.d_model)
+            for key, (expected, holds) in {**_RULES, "project_in_dim": width}.items():
+                if not holds(value := getattr(self, key)):
+                    raise ValueError(f"{key}: expected {expected}, got {value!r}.")
+        except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"invalid config of a student: {error}") from error
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> SlimT5Config:
+        """The shape of a Flan-T5 encoder: "small", "base", "large" or "xl".
+
+        With projection, 54 M, 130 M, 362 M or 1,249 M parameters. `overrides` are keys to set
+        differently, such as `encoder_type="umt5", vocab_size=256384` for Wan.
+        """
+        if name not in _PRESETS:
+            raise ConfigError(f"expected a preset of {', '.join(_PRESETS)}, got {name!r}.")
+        return cls(**{"d_kv": 64, "feed_forward_proj": "gated-gelu", **_PRESETS[name], **overrides})
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of a student, to a few per cent."""
+        # num_heads * d_kv need not be d_model: Flan-T5 small has 6 heads of 64 for a width of 512.
+        layer = self.d_model * (4 * self.num_heads * self.d_kv + 3 * self.d_ff)
+        biases = self.relative_attention_num_buckets * self.num_heads
+        projection = (self.d_model + self.project_out_dim) * self.project_out_dim
+        return self.vocab_size * self.d_model + self.num_layers * (layer + biases) + projection
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as it is written to disk, with the keys of the published files."""
+        # transformers 5 replaces `tie_word_embeddings` by True in memory, and would write that.
+        values = super().to_dict() | {"tie_word_embeddings": False}
+        if self.project_out_dim != _T5_XXL_WIDTH:
+            values["out_dim"] = self.project_out_dim
+        if self.encoder_type == "t5":
+            values.pop("encoder_type", None)
+        return values
+
+
+class ProjectionAdapter(nn.Sequential):
+    """The MLP after the student's encoder: Linear, ReLU, Dropout, Linear, without biases.
+
+    Maps (B, T, in_dim) to (B, T, out_dim), in the dtype of its weights. A Sequential, because the
+    published files name them `final_projection.0.weight` and `final_projection.3.weight`.
+
+    Source: Wang et al., section 3.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, dropout_rate: float = 0.1) -> None:
+        super().__init__(
+            nn.Linear(in_dim, out_dim, bias=False),
+            nn.ReLU(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(out_dim, out_dim, bias=False),
+        )
+        # Keeps the root mean square of the embeddings, so that training starts at the scale of a
+        # T5's output: ReLU halves the mean square, which a variance of 2/d makes up for (He et al.
+        # 2015); 1/D in the second layer neither adds nor takes. PyTorch's defaults quarter it.
+        nn.init.normal_(self.get_parameter("0.weight"), std=(2 / in_dim) ** 0.5)
+        nn.init.normal_(self.get_parameter("3.weight"), std=out_dim**-0.5)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """A layer. A slice, as diffusers' group offload takes, is a plain Sequential."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
 
 
 class SlimT5Encoder(T5PreTrainedModel):
-    """A T5 encoder with a projection: what stands in for T5-XXL in a diffusers pipeline.
+    """A T5 or UMT5 encoder with a projection: what stands in for T5-XXL in a diffusers pipeline.
 
-    Or a UMT5 encoder (`config.encoder_type`), for the pipelines that have a UMT5, as Wan does.
-
-    `output.last_hidden_state`, also `output[0]`, is (B, T, project_out_dim). The student is an
-    ordinary model of transformers: gradient checkpointing, SDPA and `device_map` work as in
-    T5EncoderModel.
-
-    Loaded in float16, the `wo` layers stay in float32, since T5's activations behind them exceed
-    float16's range; `dtype` and the output are float16. `.to(torch.float16)` after loading casts
-    `wo` as well, as in transformers' T5, where what exceeds the range is then cut off and the rows
-    are wrong: pass `dtype=torch.float16` to `from_pretrained` instead, or use bfloat16.
+    An ordinary model of transformers: gradient checkpointing, SDPA and `device_map` work as in
+    T5EncoderModel. Loaded in float16, the `wo` layers stay in float32, since T5's activations
+    behind them exceed float16's range. `.to(torch.float16)` casts them as well, and the embeddings
+    are then wrong: pass `dtype=torch.float16` to `from_pretrained`, or use bfloat16.
 
     Source: Wang et al., "Scaling Down Text Encoders of Text-to-Image Diffusion Models", section 3.
     """
@@ -67,10 +204,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the encoder and the adapter draw their weights as they are made.
-
-        T5's own rule would give the adapter weights of standard deviation 1.
-        """
+        """Do nothing: encoder and adapter draw theirs as they are made; T5's rule has std 1."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding, (vocab_size, d_model)."""
@@ -86,43 +220,29 @@ class SlimT5Encoder(T5PreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Encode prompts.
 
         Args:
             input_ids: (B, T) int64 token ids.
-            attention_mask: (B, T), 1 for tokens to attend to and 0 for padding. FLUX.1 and SD3 pass
-                none: there, padding is attended to like text.
+            attention_mask: (B, T), 0 for padding. FLUX.1 and SD3 pass none, and attend to it.
             inputs_embeds: (B, T, d_model), instead of ids.
             output_hidden_states: Also return the encoder's states, each (B, T, d_model).
-            output_attentions: Also return the encoder's attentions, each (B, heads, T, T). Needs
-                `attn_implementation="eager"`.
             return_dict: False for a tuple.
 
         Returns:
-            A BaseModelOutput, or a tuple of its parts; the first is (B, T, project_out_dim) in
-            `self.dtype`.
+            A BaseModelOutput, or a tuple of its parts; the first, `last_hidden_state`, is
+            (B, T, project_out_dim) in `self.dtype`.
         """
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True: {self.config._attn_implementation!r} attention doesn't "
-                "return its weights. Call `set_attn_implementation('eager')` first."
-            )
-        encoded = self.encoder(
+        output = self.encoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
             return_dict=True,
         )
-        output = BaseModelOutput(
-            last_hidden_state=self.final_projection(encoded.last_hidden_state),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        output.last_hidden_state = self.final_projection(output.last_hidden_state)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -132,33 +252,15 @@ class SlimT5Encoder(T5PreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         config: SlimT5Config | None = None,
-        revision: str | None = None,
-        subfolder: str = "",
-        variant: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
         **kwargs: Any,
     ) -> SlimT5Encoder:
-        """Load a student: one that t5slim saved, or a published one such as `LifuWang/DistillT5`.
+        """Load a student, in evaluation mode: a saved one, or one such as `LifuWang/DistillT5`.
 
         Args:
             pretrained_model_name_or_path: A folder or a Hub id.
             config: Use this configuration and not the checkpoint's.
-            revision: Branch, tag or commit.
-            subfolder: Where the files are in the folder or repository.
-            variant: Read `model.<variant>.safetensors`.
-            token: For private and gated repositories; by default the one of `hf auth login`.
-            cache_dir: Where downloads are kept.
-            force_download: Download again what is in the cache.
-            local_files_only: Never ask the network.
-            **kwargs: Anything else that transformers' `from_pretrained` takes: `dtype` (or
-                `torch_dtype`; by default the one of the file), `device_map`,
-                `attn_implementation`, `quantization_config`...
-
-        Returns:
-            The student, in evaluation mode.
+            **kwargs: As of transformers: `subfolder`, `revision`, `token`, `local_files_only`,
+                `variant`, `dtype` (by default that of the file), `quantization_config`...
 
         Raises:
             ConfigError: The config has an unknown key or impossible values.
@@ -166,45 +268,21 @@ class SlimT5Encoder(T5PreTrainedModel):
                 file is truncated, or there are only pickled weights.
             HubAccessError: The repository doesn't exist, is gated or can't be reached.
         """
-        source = checkpoint.Source(
-            os.fspath(pretrained_model_name_or_path),
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
+        name = os.fspath(pretrained_model_name_or_path)
+        values, access = hub.find_json(name, "config.json", kwargs)
+        if config is None:  # `kwargs` may change its values, as in transformers
+            config, kwargs = SlimT5Config.from_dict(values, return_unused_kwargs=True, **kwargs)
+        model: SlimT5Encoder = hub.load_strictly(
+            super().from_pretrained, name, access, config=config, **kwargs
         )
-        config_file, values = source.read_config()
-        expected = checkpoint.expected_tensors(cls, config or SlimT5Config.from_dict(values))
-        checkpoint.check_tensors(
-            source.pinned_by(config_file).find_weights(variant),
-            expected,
-            hint="For a plain T5 without projection, use SlimT5Encoder.from_t5.",
-        )
-        kwargs["use_safetensors"] = True
-        with checkpoint.no_progress_bars():
-            # From here on everything is local: nothing is asked of the network twice.
-            model: SlimT5Encoder = super().from_pretrained(
-                config_file.parent, config=config, variant=variant, **kwargs
-            )
-        checkpoint.check_finite(model, source)
-        model.config.name_or_path = source.name
+        model.config.name_or_path = name
         return model
 
     @classmethod
     def from_t5(
         cls,
         name_or_path: str | os.PathLike[str],
-        projection_dim: int = 4096,
-        *,
-        revision: str | None = None,
-        subfolder: str = "",
-        variant: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
+        projection_dim: int = _T5_XXL_WIDTH,
         **kwargs: Any,
     ) -> SlimT5Encoder:
         """Make a student to be trained: a pretrained T5's encoder and a fresh projection.
@@ -212,69 +290,35 @@ class SlimT5Encoder(T5PreTrainedModel):
         Of a whole T5, only the encoder's tensors are read into memory.
 
         Args:
-            name_or_path: Folder or Hub id of a T5, Flan-T5, mT5 or UMT5, such as
-                `google/flan-t5-base`. Its vocabulary must be that of the T5 which it is going to
-                replace: for Wan and AuraFlow, `google/umt5-base` has the right one.
+            name_or_path: Folder or Hub id of a T5, Flan-T5, mT5 or UMT5 with the vocabulary of the
+                T5 to replace: `google/flan-t5-base`; for Wan and AuraFlow, `google/umt5-base`.
             projection_dim: Width D that the denoiser expects.
-            revision: This and the following as in `from_pretrained`.
-            subfolder: Where the files are, such as `text_encoder_2` of a pipeline.
-            variant: Read `model.<variant>.safetensors`.
-            token: For private and gated repositories.
-            cache_dir: Where downloads are kept.
-            force_download: Download again what is in the cache.
-            local_files_only: Never ask the network.
-            **kwargs: Anything else that transformers' `from_pretrained` takes, such as `dtype`.
-
-        Returns:
-            The student, in evaluation mode.
-
-        Raises:
-            ConfigError, CheckpointError, HubAccessError: As in `from_pretrained`.
+            **kwargs: As in `from_pretrained`, as are returns and errors.
         """
-        source = checkpoint.Source(
-            os.fspath(name_or_path),
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        config_file, values = source.read_config()
+        name = os.fspath(name_or_path)
+        values, access = hub.find_json(name, "config.json", kwargs)
         model_type = values.pop("model_type", None)
         if model_type not in ("t5", "mt5", "umt5"):
-            raise ConfigError(
-                f"{source}: expected a T5, mT5 or UMT5, got model_type {model_type!r}."
-            )
+            raise ConfigError(f"expected a T5, mT5 or UMT5, got model_type {model_type!r}: {name}")
         # Through the T5's own class, since mT5 has other defaults. What it says about tasks and
         # decoding is dropped.
         values = AutoConfig.for_model(model_type, **values).to_dict()
         keys = values.keys() & T5Config().to_dict().keys()
         keys -= {"_name_or_path", "architectures", "model_type", "transformers_version"}
-        pinned = source.pinned_by(config_file)
+        origin = None if os.path.isdir(name) else name
         config = SlimT5Config(
             **{key: values[key] for key in keys},
             project_out_dim=projection_dim,
             encoder_type="umt5" if model_type == "umt5" else "t5",
-            base_model=None if source.is_local else source.name,
-            base_model_revision=None if source.is_local else pinned.revision,
+            base_model=origin,
+            base_model_revision=origin and access["revision"],
         )
-        encoder_class: Any = _ENCODERS[config.encoder_type]
-        checkpoint.check_tensors(
-            pinned.find_weights(variant),
-            checkpoint.expected_tensors(encoder_class, config),
-            ignore=("decoder.", "lm_head."),
-        )
-        kwargs["use_safetensors"] = True
-        with checkpoint.no_progress_bars():
-            encoder = encoder_class.from_pretrained(
-                config_file.parent, config=config, variant=variant, **kwargs
-            )
-        checkpoint.check_finite(encoder, source)
+        load, unused = _ENCODERS[config.encoder_type].from_pretrained, ("decoder.", "lm_head.")
+        encoder = hub.load_strictly(load, name, access, unused, config=config, **kwargs)
         with torch.device("meta"):
-            model = cls(cast(SlimT5Config, encoder.config))  # a copy of `config`, shared by both
+            model = cls(encoder.config)  # a copy of `config`, shared by both
         model.encoder = encoder
-        last = encoder.encoder.final_layer_norm.weight
+        last = encoder.encoder.final_layer_norm.weight  # `device_map` may spread the layers
         adapter = ProjectionAdapter(config.d_model, config.project_out_dim, config.dropout_rate)
         model.final_projection = adapter.to(last.device, encoder.dtype)
         return model.eval()
@@ -283,29 +327,19 @@ class SlimT5Encoder(T5PreTrainedModel):
         self,
         save_directory: str | os.PathLike[str],
         *,
-        variant: str | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write `config.json` and `model.safetensors` in the published layout.
+        """Write `config.json` and one `model.safetensors`, in the published layout.
 
-        Each file is written under another name and then renamed, so that a full disk or a crash
-        leaves an earlier save whole.
-
-        Args:
-            save_directory: A folder, made where needed. Other files in it stay as they are.
-            variant: Write `model.<variant>.safetensors`.
-            push_to_hub: Also call `push_to_hub`.
-            repo_id: Where to; by default the folder's name in your namespace.
-            **kwargs: Anything else that transformers' `save_pretrained` takes.
-
-        Raises:
-            CheckpointError: There is a LoRA in the student that peft put there.
+        A full disk or a crash leaves an earlier save whole; other files stay as they are. `kwargs`
+        is what else transformers' `save_pretrained` takes, such as `variant`. A student with a LoRA
+        in it raises a CheckpointError.
         """
-        checkpoint.check_no_lora(self)
-        with checkpoint.written_into(save_directory, variant) as temporary:
-            super().save_pretrained(temporary, variant=variant, **kwargs)
+        hub.check_no_lora(self)
+        with hub.atomic_save(save_directory) as folder:
+            super().save_pretrained(folder, **kwargs | {"max_shard_size": "1TB"})
         if push_to_hub:
             repo_id = repo_id or Path(save_directory).resolve().name
             self.push_to_hub(repo_id, token=kwargs.get("token"))
@@ -314,57 +348,42 @@ class SlimT5Encoder(T5PreTrainedModel):
         self,
         repo_id: str,
         *,
-        commit_message: str = "Upload a t5slim student",
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        tags: Sequence[str] = (),
         notes: str = "",
+        tags: Sequence[str] = (),
         files: Sequence[str | os.PathLike[str]] = (),
         **kwargs: Any,
     ) -> str:
-        """Upload the student with a model card.
+        """Upload the student with a model card; returns the address of the commit.
 
-        A card that is already in the repository keeps its text. It only gains metadata, and its
-        facts, if they are still between the marks that t5slim put around them, are replaced.
+        A card that is already in the repository keeps its text; the facts in it are replaced, if
+        they are still between the marks that t5slim put around them.
 
         Args:
             repo_id: `owner/name`; made where needed.
-            commit_message: Title of the commit.
-            commit_description: Its body.
-            private: Whether a new repository is private.
-            token: By default the one of `hf auth login`.
-            revision: Branch, made where needed.
-            create_pr: Open a pull request instead of a commit.
-            tags: Further tags for the card.
             notes: Further facts for the card, in Markdown, such as how the student was trained.
-            files: Further files to upload, such as pictures that `notes` shows.
-            **kwargs: Passed to `save_pretrained`.
+            tags: Further tags for the card.
+            files: Further files to upload, such as images that `notes` shows.
+            **kwargs: `token`; `private`, of a new repository; `revision`, a branch, made where
+                needed; and what else `HfApi.upload_folder` takes.
 
-        Returns:
-            The address of the commit.
+        Raises:
+            CheckpointError, HubAccessError: As in `save_pretrained`; the Hub refuses.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
+        api, private = HfApi(token=kwargs.pop("token", None)), kwargs.pop("private", None)
+        revision, card = kwargs.get("revision"), None
+        with hub.hub_errors(repo_id), tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
             for file in files:
                 shutil.copy(file, folder)
-            card = model_card.from_repository(repo_id, token)
-            card = model_card.write_facts(card, self, repo_id, notes, tags)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not kwargs.get("create_pr"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            if api.file_exists(repo_id, "README.md", revision=revision):
+                card = ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
+            card = hub.update_model_card(card, self, repo_id, notes, tags)
             card.save(Path(folder, "README.md"))
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            kwargs = {"commit_message": "Upload a t5slim student"} | kwargs
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 
 # What makes `import t5slim` enough for AutoModel.from_pretrained to give a student.

@@ -1,8 +1,14 @@
 """The errors of t5slim, raised at the call that caused them and before anything expensive.
 
 Each also derives from the built-in that callers would catch without knowing t5slim: `ValueError`
-for a wrong input, `OSError` for what can't be reached.
+for a wrong input, `OSError` for a Hub that can't be reached.
 """
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class T5SlimError(Exception):
@@ -30,16 +36,24 @@ class IncompatibleStudentError(T5SlimError, ValueError):
 
 
 class PatchError(T5SlimError, ValueError):
-    """The pipeline can't be patched, or unpatched, in the state that it is in."""
-
-
-class AlreadyPatchedError(PatchError):
-    """The pipeline already holds a student."""
+    """The pipeline can't be patched, or unpatched, in its present state."""
 
 
 class EvaluateError(T5SlimError, ValueError):
-    """A comparison can't be made, as it was asked for."""
+    """A comparison can't be made with these arguments."""
 
 
 class DistillError(T5SlimError, ValueError):
-    """A distillation can't start, as it was asked for."""
+    """A distillation can't start with these arguments, or can't continue."""
+
+
+@contextmanager
+def exit_on_error(stopped: str = "Stopped.") -> Iterator[None]:
+    """End a command without a traceback, at an error of t5slim or (with `stopped`) at Ctrl-C."""
+    try:
+        yield
+    except T5SlimError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"{str(interrupt) or stopped}\n")
+        sys.exit(130)

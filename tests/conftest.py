@@ -1,4 +1,4 @@
-"""Keeps the tests off the network: the only Hub they can reach is the one in `hub.py`."""
+"""Keeps the tests off the network: the only Hub they can reach is the one in `helpers/hub.py`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,22 @@ for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty local Hub, and an empty cache."""
-    import hub as local_hub
+    from helpers import hub as local_hub
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     with local_hub.serve(PORT) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory):
+    """A tiny FLUX, saved."""
+    from tiny import tiny_flux
+
+    folder = tmp_path_factory.mktemp("flux")
+    tiny_flux().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -67,15 +67,18 @@ def test_links_lead_somewhere(page):
         if anchor:
             titles = re.findall(r"^#+ (.*)", path.read_text(), re.M)
             assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+    if page.name == "log.md":  # old entries name what there was
+        return
     for name in re.findall(r"\b(?:docs|examples|tests)/[\w/-]+\.\w+", text):
         assert (ROOT / name).exists(), name
 
 
-def test_every_row_of_living_names_its_tests():
-    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", (ROOT / "docs" / "living.md").read_text(), re.M)
-    assert [int(number) for number, _ in rows] == list(range(1, 16))
+def test_every_line_of_the_table_names_its_tests():
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    lines = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", page, re.M)
+    assert [int(number) for number, _ in lines] == list(range(1, 14))
     known = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for _, tests in rows:
+    for _, tests in lines:
         names = re.findall(r"`(test_\w+)`", tests)
         assert names
         for name in names:

@@ -6,11 +6,12 @@ What is measured here is the table of docs/pipelines.md; `python tests/zoo/table
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanPipeline
-from test_slot import every_pipeline_class
+from helpers.pipelines import every_pipeline_class
 from tiny import PROMPTS, tiny_student
 from zoo import CASES, NOT_COVERED
 from zoo.facts import measure
@@ -18,11 +19,10 @@ from zoo.umt5 import wan
 
 from t5slim import DistillError, IncompatibleStudentError, NoT5SlotError, patch_pipeline
 from t5slim.distill import capture
-from t5slim.distill.replay import predict, split_walk
-from t5slim.distill.states import frozen
-from t5slim.distill.teacher import PromptTable
-from t5slim.distill.trace import NotAGather, trace
-from t5slim.slot import find_text_slot
+from t5slim.distill.pipeline import frozen, teacher_of
+from t5slim.distill.replay import Samples, predict, split_trajectory
+from t5slim.distill.teacher import TeacherEmbeddings
+from t5slim.slot import TextSlot
 
 TABLE = Path(__file__).parents[1] / "docs" / "pipelines.md"
 HERE = {name: case for name, case in CASES.items() if case.cls is not None}
@@ -40,14 +40,14 @@ def test_pipeline(name: str) -> None:
         assert facts.replayed
         assert facts.gradient > 0
     # The table of the docs is what was measured; to write it anew: python tests/zoo/table.py
-    assert facts.row in TABLE.read_text(encoding="utf-8").splitlines()
+    assert facts.line in TABLE.read_text(encoding="utf-8").splitlines()
 
 
 def test_no_pipeline_is_left_out() -> None:
     with_t5 = set()
     for cls in every_pipeline_class():
         try:
-            find_text_slot(cls)
+            TextSlot(cls)
         except NoT5SlotError:
             continue
         with_t5.add(cls.__name__)
@@ -57,22 +57,28 @@ def test_no_pipeline_is_left_out() -> None:
     assert len(distilled) >= 40
 
 
+def captured(
+    pipe: Any, prompts: list[str], kwargs: dict[str, Any]
+) -> tuple[list[Samples], TeacherEmbeddings]:
+    teacher = TeacherEmbeddings()
+    trajectory = capture(pipe, prompts, pipeline_kwargs=kwargs, encode=teacher.encode)
+    return split_trajectory(trajectory, teacher), teacher
+
+
 def test_gradients_pass_through_experts() -> None:
-    """HiDream's, in eval mode, answer under torch.no_grad: a fifth of this slope was missing."""
+    """HiDream's, in eval mode, predict under torch.no_grad: a fifth of this slope was missing."""
     case = CASES["HiDreamImagePipeline"]
-    pipe, table = case.pipe(), PromptTable()
+    pipe = case.pipe()
     experts = pipe.transformer.double_stream_blocks[0].block.ff_i
     with frozen(pipe, gradient_checkpointing=False):
-        walk = capture(pipe, case.texts, pipeline_kwargs=case.call(), encode=table.teacher_rows)
-        rows = split_walk(pipe, walk, table)[0]
-        ids, mask = table.batch(rows.prompts, torch.device("cpu"))
-        teachers = table.teacher_rows(pipe.text_encoder_3, ids, mask)
-        assert torch.equal(predict(pipe, rows, teachers), rows.target)
-        noise = torch.randn(teachers.shape, generator=torch.Generator().manual_seed(0))
-        embeddings = (teachers + 0.3 * noise).requires_grad_()
+        (samples, *_), teacher = captured(pipe, case.texts, case.call())
+        own = teacher.get(teacher_of(pipe), samples.prompts, torch.device("cpu"))
+        assert torch.equal(predict(pipe, samples, own), samples.target)
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+        embeddings = (own + 0.3 * noise).requires_grad_()
 
         def loss(embeddings: torch.Tensor) -> torch.Tensor:
-            return (predict(pipe, rows, embeddings) - rows.target).square().mean()
+            return (predict(pipe, samples, embeddings) - samples.target).square().mean()
 
         (gradient,) = torch.autograd.grad(loss(embeddings), embeddings)
         step = 0.003 * gradient / gradient.norm()
@@ -83,18 +89,15 @@ def test_gradients_pass_through_experts() -> None:
 
 
 def test_wan_2_2_has_two_denoisers() -> None:
-    pipe, table = wan(WanPipeline, experts=2), PromptTable()
-    kwargs = CASES["WanPipeline"].call()
-    walk = capture(pipe, PROMPTS[:2], pipeline_kwargs=kwargs, encode=table.teacher_rows)
-    calls = split_walk(pipe, walk, table)
+    pipe = wan(WanPipeline, experts=2)
+    calls, teacher = captured(pipe, PROMPTS[:2], CASES["WanPipeline"].call())
     # The second step is below `boundary_ratio`; each has a call for the prompt and one without.
-    assert [rows.denoiser for rows in calls] == ["transformer"] * 2 + ["transformer_2"] * 2
+    assert [call.denoiser for call in calls] == ["transformer"] * 2 + ["transformer_2"] * 2
     assert calls[0].signature != calls[2].signature
-    for rows in calls:
-        ids, mask = table.batch(rows.prompts, torch.device("cpu"))
+    for call in calls:
+        embeddings = teacher.get(teacher_of(pipe), call.prompts, torch.device("cpu"))
         with torch.no_grad():
-            same = predict(pipe, rows, table.teacher_rows(pipe.text_encoder, ids, mask))
-        assert torch.equal(same, rows.target)
+            assert torch.equal(predict(pipe, call, embeddings), call.target)
 
 
 @pytest.mark.skipif("AnyFlowFARPipeline" not in HERE, reason="diffusers has it from 0.39 on")
@@ -104,8 +107,8 @@ def test_a_cache_between_the_chunks_of_a_video_is_refused() -> None:
         capture(case.pipe(), case.texts, pipeline_kwargs=case.call() | {"chunk_partition": [1, 1]})
 
 
-def test_students_of_another_width_than_their_rows() -> None:
-    """HunyuanImage would join zeros as wide as `config.d_model` to the rows of quotations."""
+def test_students_of_another_width_than_their_output() -> None:
+    """HunyuanImage would pad the embeddings of quotations by zeros as wide as `config.d_model`."""
     pipe = CASES["HunyuanImagePipeline"].pipe()
     teacher = pipe.text_encoder_2
     with pytest.raises(IncompatibleStudentError, match=r"HunyuanImagePipeline .*is 16, .*have 32"):
@@ -114,11 +117,10 @@ def test_students_of_another_width_than_their_rows() -> None:
 
 
 def test_interrupted_pipelines_get_their_attention_back() -> None:
-    """Perturbed-attention guidance sets other processors for a call; tracing ends that early."""
+    """Perturbed-attention guidance sets other processors for a call; capture ends that early."""
     case = CASES["PixArtSigmaPAGPipeline"]
     pipe = case.pipe()
     before = pipe.transformer.attn_processors
-    walk = capture(pipe, case.texts, pipeline_kwargs=case.call())
-    with pytest.raises(NotAGather, match="attention"):
-        trace(pipe, walk)
+    trajectory = capture(pipe, case.texts, pipeline_kwargs=case.call())
+    assert "attention" in trajectory.reason
     assert pipe.transformer.attn_processors == before

@@ -1,286 +1,276 @@
-"""Runs that are killed, interrupted or damaged, and go on."""
+"""Runs that are killed, interrupted or damaged, and go on to the same bits."""
 
 from __future__ import annotations
 
+import io
 import json
-import multiprocessing
 import os
 import random
+import resource
+import shutil
 import signal
 import time
+from contextlib import redirect_stderr
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import FluxImg2ImgPipeline
+from helpers.training import RESUMED, assert_same, history_of, resumable, run, spawn, weights
+from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
+from zoo.pictures import picture
 
 from t5slim import SlimT5Encoder
-from t5slim.distill import DistillConfig, checkpoints, train
-from t5slim.distill.tracking import CLOCK_SCALARS
 from t5slim.errors import DistillError
 
-CONFIG: dict[str, Any] = {
-    "max_steps": 60, "batch_size": 4, "reservoir_walks": 8, "warmup_steps": 2, "ema_decay": 0.9,
-    "learning_rate": 5e-3, "eval_every": 10, "checkpoint_every": 4, "empty_prompt_share": 0.2,
-    "objective": {"embedding": {"until": 12}, "velocity": {"start": 4}},
-}  # fmt: skip
-
-
-def start(folder: Path, dies_at_sync: int | None = None, **changes: Any) -> Any:
-    """The run, in this process: the same each time, whatever was drawn before."""
-    torch.set_num_threads(1)
-    pipe = tiny_flux()
-    torch.manual_seed(1)
-    student = tiny_student(pipe)
-    if dies_at_sync is not None:
-        count, sync = iter(range(10**6)), checkpoints._sync
-
-        def sync_and_die(path: Path) -> None:
-            sync(path)
-            if next(count) == dies_at_sync:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        checkpoints._sync = sync_and_die
-    return train(
-        pipe, student, PROMPTS, DistillConfig(**{**CONFIG, **changes}),
-        pipeline_kwargs=call_kwargs(pipe), output_dir=folder, resume=True,
-    )  # fmt: skip
+STEPS = RESUMED["max_steps"]
+LAST = f"{STEPS:08d}"
 
 
 @pytest.fixture(scope="module")
-def spawn() -> Any:
-    """Processes that have imported everything already: a start takes a tenth of a second."""
-    context = multiprocessing.get_context("forkserver")
-    modules = ["t5slim.distill.trainer", "torch.utils.tensorboard", "matplotlib.figure"]
-    context.set_forkserver_preload(["test_resume", *modules])
-
-    def begin(*args: Any, **kwargs: Any) -> Any:
-        process = context.Process(target=start, args=args, kwargs=kwargs)
-        process.start()
-        return process
-
-    return begin
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The folder of a run that nobody stopped, and how long it took."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    began = time.perf_counter()
-    start(folder)
-    return folder, time.perf_counter() - began
+    resumable(folder, checkpoint_every=2, keep_checkpoints=99)
+    return folder
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    for file in ("model.safetensors", "checkpoints/00000060/state.safetensors"):
-        tensors, others = load_file(one / file), load_file(other / file)
-        assert tensors.keys() == others.keys()
-        assert all(torch.equal(tensors[name], others[name]) for name in tensors)
-    histories = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in CLOCK_SCALARS}
-            for line in (folder / "history.jsonl").read_text().splitlines()
-        ]
-        for folder in (one, other)
-    ]
-    assert histories[0] == histories[1] and len(histories[0]) == 6
+    for file in ("model.safetensors", f"checkpoints/{LAST}/state.safetensors"):
+        assert_same(load_file(one / file), load_file(other / file))
+    assert history_of(one) == history_of(other)
 
 
-def test_killed_at_20_random_moments(
-    spawn: Any, uninterrupted: tuple[Path, float], tmp_path: Path
-) -> None:
-    whole, seconds = uninterrupted
-    moments = random.Random(0)
-    reached: set[str] = set()
-    for number in range(20):
-        folder = tmp_path / str(number)
-        process = spawn(folder)
-        time.sleep(moments.uniform(0.1, 0.2 + seconds))
+MOMENTUM = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
+
+
+# --- runs that end early -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills: int, whole: Path, tmp_path: Path) -> None:
+    spawn(int).join()  # which has loaded everything
+    began = time.perf_counter()
+    spawn(resumable, tmp_path / "timed").join()
+    seconds = time.perf_counter() - began
+    for kill in range(kills):
+        folder = tmp_path / str(kill)
+        process = spawn(resumable, folder)
+        # Early, late, and between.
+        time.sleep(seconds * random.Random(kill).uniform(kill, kill + 1) / kills)
         process.kill()
         process.join()
-        reached |= {path.name for path in folder.glob("checkpoints/*")}
-        process = spawn(folder)
-        process.join()
-        assert process.exitcode == 0
+        resumable(folder)
         assert_same_run(folder, whole)
-    assert len(reached) > 6  # kills came early, late, and between
 
 
-@pytest.mark.parametrize("sync", [0, 2, 3, 9, 14])
-def test_killed_while_a_checkpoint_is_written(
-    spawn: Any, uninterrupted: tuple[Path, float], tmp_path: Path, sync: int
+@pytest.mark.parametrize(
+    "event, nth", [("os.mkdir", 3), ("open", 9), ("os.rename", 2), ("os.rmdir", 1)]
+)
+def test_killed_while_a_checkpoint_is_written_or_removed(
+    event: str, nth: int, whole: Path, tmp_path: Path
 ) -> None:
-    process = spawn(tmp_path, dies_at_sync=sync)
+    process = spawn(resumable, tmp_path, dies_at=(event, nth))
     process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "checkpoints" / "00000060").exists()
-    start(tmp_path)
-    assert_same_run(tmp_path, uninterrupted[0])
+    assert process.exitcode == -signal.SIGKILL and LAST not in checkpoints(tmp_path)
+    resumable(tmp_path)
+    assert_same_run(tmp_path, whole)
+    assert checkpoints(tmp_path) == ["00000028", LAST]  # the newest two
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint(
-    spawn: Any, uninterrupted: tuple[Path, float], tmp_path: Path, number: signal.Signals
-) -> None:
-    folder = tmp_path / "run"
-    process = spawn(folder, checkpoint_every=10**6)
-    while not (folder / "history.jsonl").exists():
+def test_a_signal_leaves_a_checkpoint(number: signal.Signals, whole: Path, tmp_path: Path) -> None:
+    process = spawn(resumable, tmp_path, checkpoint_every=10**6)
+    while not (tmp_path / "history.jsonl").exists():
         assert process.is_alive()
         time.sleep(0.01)
+    assert process.pid is not None
     os.kill(process.pid, number)
     process.join()
-    assert process.exitcode != 0
-    (checkpoint,) = (folder / "checkpoints").iterdir()
-    assert 10 <= int(checkpoint.name) < 60
-    start(folder)
-    assert_same_run(folder, uninterrupted[0])
+    assert process.exitcode == 1
+    (checkpoint,) = checkpoints(tmp_path)
+    assert 1 <= int(checkpoint) < STEPS
+    resumable(tmp_path)
+    assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no tensors", "no counters", "json"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    uninterrupted: tuple[Path, float],
-    tmp_path: Path,
-    damage: str,
-    caplog: pytest.LogCaptureFixture,
+def test_ctrl_c_says_how_to_go_on_and_the_batch_may_be_split_otherwise(tmp_path: Path) -> None:
+    """4 x 1 and 2 x 2 are the same batch: a run may move to a smaller device."""
+    pipe, calls = tiny_flux(), count()
+
+    def interrupt(*_: Any) -> None:
+        if next(calls) == 9:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = pipe.transformer.register_forward_hook(interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"after update \d+; .* resume=True to go on"):
+        resumable(tmp_path, pipe)
+    assert signal.getsignal(signal.SIGINT) is before
+    hook.remove()
+    split = {"batch_size": 2, "gradient_accumulation_steps": 2}
+    assert resumable(tmp_path, pipe, **split).steps == STEPS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reservoir_size": 0, "lr_schedule": "linear"},
+        {"objective": {"embedding": 1, "relational": 1}, "ema_decay": 0.0},
+        {"mixed_precision": "fp16", "lr_schedule": "constant"},
+        {"batch_size": 2, "gradient_accumulation_steps": 2, "optimizer": MOMENTUM},
+        {"eval_every": 4, "checkpoint_every": 3, "eval_prompts": PROMPTS[4:], "samples_every": 5},
+    ],
+    ids=str,
+)
+def test_other_settings_resume_exactly(changes: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"max_steps": 10, "eval_every": 2, "keep_checkpoints": 9} | changes
+    folders = [tmp_path / name for name in ("whole", "resumed")]
+    for folder in folders:
+        first = resumable(folder, **changes)
+    for name in checkpoints(folders[1])[1:]:
+        shutil.rmtree(folders[1] / "checkpoints" / name)
+    again = resumable(folders[1], **changes)
+    assert_same(weights(again.student), weights(first.student))
+    assert history_of(folders[0]) == history_of(folders[1])
+    assert len(again.history) == (3 if "samples_every" in changes else 5)
+    images = [{p.name: p.read_bytes() for p in f.glob("samples/*")} for f in folders]
+    assert images[0] == images[1] and len(images[0]) == (2 if "samples_every" in changes else 0)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def poison(file: Path) -> None:
+    """A valid file with a NaN in it."""
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, file)
+
+
+def test_damaged_checkpoints_are_named_and_the_one_before_them_used(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "run"
-    start(folder, eval_every=10, checkpoint_every=25, keep_checkpoints=9)
-    model = load_file(folder / "model.safetensors")
-    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
-        "00000025", "00000050", "00000060",
-    ]  # fmt: skip
-    for name in ("00000050", "00000060"):
-        file = folder / "checkpoints" / name / "state.safetensors"
-        if damage == "truncated":
-            os.truncate(file, file.stat().st_size // 2)
-        elif damage == "flipped":
-            content = bytearray(file.read_bytes())
-            content[-1] ^= 1
-            file.write_bytes(content)
-        elif damage == "no tensors":
-            file.unlink()
-        elif damage == "no counters":
-            file.with_name("state.json").unlink()
-        else:
-            file.with_name("state.json").write_text("[]")
-    result = start(folder)
-    assert result.steps == 60
-    for name in ("00000050", "00000060"):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    files = ("state.safetensors", "state.json", "manifest.json")
+    damages = [(file, how) for file in files for how in (truncate, flip_a_bit, Path.unlink)]
+    damages += [(file, lambda path: path.write_text("[]")) for file in files[1:]]
+    damages += [(files[0], poison)]
+    names = checkpoints(folder)[-len(damages) :]
+    for name, (file, how) in zip(names, damages, strict=True):
+        how(folder / "checkpoints" / name / file)
+    resumable(folder)
+    for name in names:
         assert f"{name} is damaged and not used" in caplog.text
-    after = load_file(folder / "model.safetensors")
-    assert all(torch.equal(after[name], model[name]) for name in model)
+    assert_same_run(folder, whole)
 
 
-def test_a_finished_run_is_given_back(
-    uninterrupted: tuple[Path, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, _ = uninterrupted
-    before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
-    monkeypatch.setattr("t5slim.distill.examples.capture", None)  # nothing is walked again
-    result = start(folder)
-    assert result.steps == 60 and len(result.history) == 6
-    assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == before
+def test_checkpoints_hold_only_what_is_trained(whole: Path) -> None:
+    folder = whole / "checkpoints" / LAST
+    tensors = load_file(folder / "state.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"student", "ema", "optimizer", "losses"}
+    size = SlimT5Encoder.from_pretrained(whole).num_parameters() * 4
+    # Weights, EMA and two moments, with their names: nothing frozen, and no trajectories.
+    assert (folder / "state.safetensors").stat().st_size < 4 * size + 20_000
 
 
-def test_only_the_newest_checkpoints_are_kept(uninterrupted: tuple[Path, float]) -> None:
-    folder = uninterrupted[0] / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["00000056", "00000060"]
+def test_a_finished_run_is_given_back(whole: Path) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*.safetensors")}
+    pipe = tiny_flux()
+    pipe.transformer.register_forward_hook(lambda *_: pytest.fail("sampled again"))
+    result = resumable(whole, pipe)
+    assert result.steps == STEPS and len(result.history) == 6
+    assert {path: path.read_bytes() for path in whole.rglob("*.safetensors")} == before
 
 
-def test_a_checkpoint_holds_no_frozen_weight_and_no_reservoir(
-    uninterrupted: tuple[Path, float],
-) -> None:
-    folder, _ = uninterrupted
-    student = SlimT5Encoder.from_pretrained(folder)
-    file = folder / "checkpoints" / "00000060" / "state.safetensors"
-    assert file.stat().st_size <= 4.1 * 4 * student.num_parameters() + 20_000  # names of tensors
-    names = {name.split(".", 2)[1] for name in load_file(file)}
-    assert names == {"student", "average", "optimizer"}
+def test_a_full_disk_keeps_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
+    """Files can't grow beyond a limit; that refuses a write as a full disk does."""
+    pipe = tiny_flux()
+    size = (whole / "model.safetensors").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*_: Any) -> None:
+        if (tmp_path / "checkpoints" / "00000008").exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size, hard))
+
+    hook = pipe.transformer.register_forward_hook(fill)
+    try:
+        # Into memory: the file in which pytest keeps the progress bars may not grow either.
+        with (
+            redirect_stderr(io.StringIO()),
+            pytest.raises(DistillError, match=r"(?s)of update 12 .*large.*Earlier ones are intact"),
+        ):
+            resumable(tmp_path, pipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    hook.remove()
+    assert checkpoints(tmp_path) == ["00000004", "00000008"]
+    resumable(tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+# --- the identity of a run -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "changes, named",
     [
         ({"learning_rate": 1e-3}, "config.learning_rate: then 0.005, now 0.001"),
-        ({"max_steps": 70}, "config.max_steps: then 60, now 70"),
-        ({"batch_size": 2}, "prompts_per_update: then 4, now 2"),
+        ({"max_steps": 70}, f"config.max_steps: then {STEPS}, now 70"),
+        ({"batch_size": 2}, "prompts_per_step: then 4, now 2"),
+        ({"pipeline_kwargs": {"height": 32}}, "pipeline_kwargs: then .*now"),
+        ({"eval_prompts": PROMPTS}, "eval_prompts: then null"),
+        ({"prompts": PROMPTS[:3]}, "prompts: then"),
+        ({"student": {"d_ff": 64}}, "student.d_ff: then 32, now 64"),
+        ({"output_dir": None}, "needs the output_dir"),
     ],
 )
-def test_another_run_cant_be_continued(
-    uninterrupted: tuple[Path, float], changes: dict[str, Any], named: str
-) -> None:
+def test_another_run_isnt_resumed(changes: dict[str, Any], named: str, whole: Path) -> None:
+    pipe = tiny_flux()
+    arguments: dict[str, Any] = RESUMED | {"prompts": PROMPTS, "output_dir": whole, "resume": True}
+    student = tiny_student(pipe, **changes.pop("student", {}))
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     with pytest.raises(DistillError, match=named):
-        start(uninterrupted[0], **changes)
+        run(pipe, student, **arguments | changes)
+    assert {path: path.read_bytes() for path in before} == before
 
 
-def test_other_prompts_or_another_student_cant_continue(uninterrupted: tuple[Path, float]) -> None:
-    folder, _ = uninterrupted
-    pipe = tiny_flux()
-    arguments: dict[str, Any] = {"pipeline_kwargs": call_kwargs(pipe), "output_dir": folder}
-    config = DistillConfig(**CONFIG)
-    with pytest.raises(DistillError, match="prompts: then"):
-        train(pipe, tiny_student(pipe), PROMPTS[:3], config, resume=True, **arguments)
-    wider = tiny_student(pipe, d_ff=64)
-    with pytest.raises(DistillError, match="student 0: d_ff: then"):
-        train(pipe, wider, PROMPTS, config, resume=True, **arguments)
-    with pytest.raises(DistillError, match="resume=True to go on"):
-        train(pipe, tiny_student(pipe), PROMPTS, config, **arguments)
-    with pytest.raises(DistillError, match="needs the output_dir"):
-        train(pipe, tiny_student(pipe), PROMPTS, config, resume=True)
+def test_damaged_metadata_is_named(tmp_path: Path) -> None:
+    (tmp_path / "distillation.json").write_text(json.dumps({"config": {}}))
+    with pytest.raises(DistillError, match=r"distillation\.json is damaged"):
+        resumable(tmp_path)
 
 
-def test_the_same_update_in_other_pieces_goes_on(
-    uninterrupted: tuple[Path, float], tmp_path: Path
-) -> None:
-    """4 x 1 and 2 x 2 are the same batch: a run may move to a smaller device."""
-    folder = tmp_path / "run"
-    first = DistillConfig(**CONFIG | {"checkpoint_every": 30})
-    pipe = tiny_flux()
-    torch.manual_seed(1)
-    student = tiny_student(pipe)
-    calls = iter(range(10**6))
-
-    def stop(*_: Any) -> None:
-        if next(calls) == 60:
-            signal.raise_signal(signal.SIGINT)
-
-    handle = pipe.transformer.register_forward_hook(stop)
-    arguments: Any = {"pipeline_kwargs": call_kwargs(pipe), "output_dir": folder, "resume": True}
-    with pytest.raises(KeyboardInterrupt, match="resume=True"):
-        train(pipe, student, PROMPTS, first, **arguments)
-    handle.remove()
-    pieces = DistillConfig(**CONFIG | {"batch_size": 2, "gradient_accumulation_steps": 2})
-    result = train(pipe, student, PROMPTS, pieces, **arguments)
-    assert result.steps == 60
+def start_from_image(folder: Path, seed: int = 0) -> Any:
+    components = {k: v for k, v in tiny_flux().components.items() if v is not None}
+    pipe = FluxImg2ImgPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = call_kwargs(tiny_flux()) | {"image": picture(seed), "strength": 0.8}
+    return resumable(folder, pipe, max_steps=2, eval_every=2, pipeline_kwargs=kwargs)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_cant_be_written(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises((DistillError, PermissionError)):
-        start(tmp_path / "run")
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(
-    uninterrupted: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The system's own error, from a file that takes nothing."""
-    save = checkpoints.save_file
-    calls = iter(range(10**6))
-
-    def save_to_full_disk(tensors: Any, path: Path) -> None:
-        if next(calls) == 2:
-            with open("/dev/full", "wb", buffering=0) as file:
-                file.write(b"0")
-        save(tensors, path)
-
-    folder = tmp_path / "run"
-    monkeypatch.setattr(checkpoints, "save_file", save_to_full_disk)
-    with pytest.raises(DistillError, match=r"(?s)of update 12.*No space.*update 8 is whole"):
-        start(folder)
-    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert names == ["00000004", "00000008"]
-    start(folder)
-    assert_same_run(folder, uninterrupted[0])
+def test_an_equal_image_resumes_in_another_process(tmp_path: Path) -> None:
+    process = spawn(start_from_image, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    assert start_from_image(tmp_path).steps == 2
+    with pytest.raises(DistillError, match=r"pipeline_kwargs: then .*image.*RGB"):
+        start_from_image(tmp_path, seed=1)

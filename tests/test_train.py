@@ -2,494 +2,403 @@
 
 from __future__ import annotations
 
-import copy
-import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from helpers.training import assert_same, calls_of, losses, pipeline_and_kwargs, quick, run, weights
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
-from transformers.modeling_outputs import BaseModelOutput
 
-from t5slim import SlimT5Config, SlimT5Encoder, patch_pipeline
-from t5slim.distill import DistillConfig, VelocityGap, train, velocity_gap
-from t5slim.distill.examples import Batch, Examples
-from t5slim.distill.pipeline import teacher_of
-from t5slim.distill.prompts import prompt_source
-from t5slim.distill.replay import Rows
-from t5slim.distill.teacher import PromptTable
+from t5slim import SlimT5Encoder, patch_pipeline
+from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, train, velocity_gap
+from t5slim.distill.replay import Samples
 from t5slim.errors import DistillError, IncompatibleStudentError, NoT5SlotError
 
-QUICK: dict[str, Any] = {
-    "batch_size": 4, "reservoir_walks": 8, "warmup_steps": 2, "learning_rate": 5e-3,
-    "ema_decay": 0.9, "objective": "velocity",
-}  # fmt: skip
+
+def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    return {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
 
 
-def quick(**changes: Any) -> DistillConfig:
-    return DistillConfig(**{"max_steps": 3, **QUICK, **changes})
+# --- what is learned -----------------------------------------------------------------------------
 
 
-def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
-    for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-
-
-# --- what it does --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["pixart_sigma", "stable_audio"], ids=["gather", "fallback"])
+@pytest.mark.parametrize("name", ["pixart_sigma", "stable_audio", "bria"])
 def test_training_closes_the_gap(name: str) -> None:
-    pipe = TINY_PIPELINES[name]()
+    """By copies of the embeddings, through the pipeline, and of prompts without padding."""
+    pipe, kwargs = pipeline_and_kwargs(name, steps=2)
     student = tiny_student(pipe)
-    kwargs = call_kwargs(pipe, steps=2)
-    prompts = PROMPTS[
-        :2
-    ]  # of which the gap is measured, too: does it learn, not does it generalise
+    prompts = PROMPTS[:2]  # measured on them, too: does it learn, not does it generalise
+    objective = {"velocity": 1, "embedding": 10} if name == "bria" else "velocity"
     before = velocity_gap(pipe, student, prompts, pipeline_kwargs=kwargs)
-    result = train(
-        pipe, student, prompts, quick(max_steps=60), pipeline_kwargs=kwargs, eval_prompts=prompts
-    )
-    assert result.gap is not None and result.gap < 0.6 * before
-    assert result.gap == pytest.approx(
-        velocity_gap(pipe, result.student, prompts, pipeline_kwargs=kwargs), rel=1e-4
-    )
+    result = run(
+        pipe, student, prompts, max_steps=60, pipeline_kwargs=kwargs, eval_prompts=prompts,
+        objective=objective,
+    )  # fmt: skip
+    assert result.gap < 0.6 * before
+    after = velocity_gap(pipe, result.student, prompts, pipeline_kwargs=kwargs)
+    assert result.gap == pytest.approx(after, rel=1e-4)
     assert result.student is student and not student.training
 
 
-def test_embedding_objective_asks_the_denoiser_nothing() -> None:
+def test_embedding_matching_never_calls_the_denoiser() -> None:
     pipe = TINY_PIPELINES["chroma"]()
-    student = tiny_student(pipe)
-    calls: list[Any] = []
-    handle = pipe.transformer.register_forward_hook(lambda *args: calls.append(args))
-    result = train(
-        pipe, student, PROMPTS[:3], quick(objective="embedding", max_steps=40, eval_every=5),
-        pipeline_kwargs=call_kwargs(pipe),
-    )  # fmt: skip
-    handle.remove()
-    assert not calls and result.teacher_rows == result.student_rows == 0
-    assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
+    calls = calls_of(pipe.transformer)
+    result = run(pipe, objective="embedding", max_steps=40, eval_every=5)
+    assert not calls and result.teacher_samples == result.student_samples == 0
+    assert losses(result)[-1] < 0.7 * losses(result)[0]
 
 
-def test_frozen_stays_frozen_and_is_given_back_as_it_was() -> None:
+def test_a_loop_of_ones_own_learns_what_train_learns() -> None:
     pipe = tiny_flux()
-    pipe.transformer.proj_out.weight.requires_grad_(False)
+    config = quick(
+        max_steps=8, warmup_steps=0, lr_schedule="constant", ema_decay=0.0, eval_every=1,
+        gradient_accumulation_steps=2, objective={"velocity": 1, "embedding": 10},
+    )  # fmt: skip
+    students = [tiny_student(pipe, dropout_rate=0.0) for _ in range(2)]
+    kwargs = call_kwargs(pipe)
+    result = train(pipe, students[0], PROMPTS, config, pipeline_kwargs=kwargs)
+
+    student = students[1].train()
+    reservoir = TrajectoryReservoir(pipe, PROMPTS, config, pipeline_kwargs=kwargs)
+    objective = Objective(pipe, reservoir.teacher, config)
+    optimizer = torch.optim.AdamW(student.parameters(), config.learning_rate, weight_decay=1e-3)
+    own: list[float] = []
+    for step in range(config.max_steps):
+        weights = config.weights_at(step)
+        batches = list(reservoir.batches(step, denoiser="velocity" in weights))
+        terms = [objective(student, batch, weights) / len(batches) for batch in batches]
+        sum(terms).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        own.append(sum(terms).item())
+
+    assert own == pytest.approx(losses(result), rel=1e-5)
+    for one, other in zip(students[0].parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_student_is_trained_and_the_pipeline_is_given_back_as_it_was() -> None:
+    pipe = tiny_flux()
+    frozen = pipe.transformer.proj_out.weight.requires_grad_(False)
+    kept = pipe.transformer.x_embedder.weight
+    kept.grad = torch.ones_like(kept)  # of somebody's own training: neither clipped nor zeroed
     pipe.vae.train()
-    modules = {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    modules = modules_of(pipe)
     before = {name: weights(module) for name, module in modules.items()}
     pipe(PROMPTS[0], **call_kwargs(pipe))  # which leaves attributes of its own
     attributes = set(vars(pipe))
     student = tiny_student(pipe)
+    untrained = weights(student)
     grads: list[bool] = []
     pipe.transformer.register_forward_hook(
         lambda module, *_: grads.append(any(p.requires_grad for p in module.parameters()))
     )
-    rng = torch.get_rng_state()
+    random_state = torch.get_rng_state()
 
-    train(pipe, student, PROMPTS[:4], quick(), pipeline_kwargs=call_kwargs(pipe))
+    run(pipe, student, weight_decay=0.0)
 
+    trained = student.state_dict()
+    assert not [name for name in trained if torch.equal(trained[name], untrained[name])]
     assert grads and not any(grads)
-    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert set(vars(pipe)) == attributes
     for name, module in modules.items():
-        assert_same(module, before[name])
-        assert all(parameter.grad is None for parameter in module.parameters())
+        assert_same(module.state_dict(), before[name])
         assert "forward" not in vars(module)
-    frozen = [n for n, p in pipe.transformer.named_parameters() if not p.requires_grad]
-    assert frozen == ["proj_out.weight"]
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    assert [p for p in parameters if not p.requires_grad] == [frozen]
+    assert [p for p in parameters if p.grad is not None] == [kept] and bool((kept.grad == 1).all())
     assert pipe.vae.training and pipe.vae.encoder.training and not pipe.transformer.training
+    assert all(p.grad is None and p.requires_grad for p in student.parameters())
 
 
-def test_every_weight_of_the_student_is_trained() -> None:
+@pytest.mark.parametrize("seed", [0, -1, 2**31 - 1])
+def test_same_seed_same_student(seed: int) -> None:
+    students = []
+    for own in (seed, seed, 7):
+        pipe = tiny_flux()
+        torch.rand(own % 5)  # what was drawn before doesn't matter
+        students.append(weights(run(pipe, seed=own).student))
+    assert_same(students[0], students[1])
+    assert not all(torch.equal(students[0][name], students[2][name]) for name in students[0])
+
+
+def test_prompt_dropout_is_a_share_of_the_prompts() -> None:
+    pipe = tiny_flux()
+    prompts = [f"a star {i}" for i in range(400)]
+    empty = pipe.tokenizer_2([""], padding="max_length", return_tensors="pt").input_ids
+    config = quick(batch_size=400, reservoir_size=400, prompt_dropout=0.3)
+    reservoir = TrajectoryReservoir(pipe, prompts, config, pipeline_kwargs=call_kwargs(pipe))
+    (batch,) = reservoir.batches(0, denoiser=False)
+    ids, _ = reservoir.teacher.tokens(batch.prompts, torch.device("cpu"))
+    assert (ids == empty).all(1).float().mean().item() == pytest.approx(0.3, abs=0.07)
+
+
+# --- updates -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, *(0.5 + 0.5 * math.cos(math.pi * i / 4) for i in range(4))]),
+    ],
+)
+def test_learning_rate_warms_up_and_falls(schedule: Any, expected: list[float]) -> None:
+    result = run(
+        tiny_flux(), objective="embedding", max_steps=6, eval_every=1, learning_rate=1.0,
+        lr_schedule=schedule,
+    )  # fmt: skip
+    assert [e["learning_rate"] for e in result.history] == pytest.approx(expected)
+
+
+def test_the_users_optimizer_steps_with_clipped_gradients() -> None:
     pipe = tiny_flux()
     student = tiny_student(pipe)
     before = weights(student)
-    train(pipe, student, PROMPTS[:4], quick(weight_decay=0.0), pipeline_kwargs=call_kwargs(pipe))
-    assert not [n for n, t in student.state_dict().items() if torch.equal(t, before[n])]
+    result = run(
+        pipe, student, optimizer=partial(torch.optim.SGD, lr=30.0), max_steps=1, warmup_steps=0,
+        ema_decay=0.0, lr_schedule="constant", max_grad_norm=1e-4,
+    )  # fmt: skip
+    moved = [(p - before[name]).double().square().sum() for name, p in student.named_parameters()]
+    assert sum(moved).sqrt().item() == pytest.approx(3e-3, rel=1e-2)  # learning rate times norm
+    (entry,) = result.history
+    assert entry["learning_rate"] == 30.0
+    assert entry["grad_norm_mean"] == entry["grad_norm_max"] > 1e-4  # before clipping
 
 
-def test_master_weights_are_float32_and_the_students_dtype_returns() -> None:
+def test_ema_is_the_average_of_the_weights() -> None:
     pipe = tiny_flux()
+
+    def trained(steps: int, ema_decay: float) -> Any:
+        return run(
+            pipe, max_steps=steps, ema_decay=ema_decay, lr_schedule="constant", warmup_steps=0,
+            eval_prompts=PROMPTS[4:],
+        )  # fmt: skip
+
+    first, second, averaged = trained(1, 0.0), trained(2, 0.0), trained(2, 0.999)
+    # The decay rises: 0 in the first update, 2/11 in the second.
+    one, two = (dict(result.student.named_parameters()) for result in (first, second))
+    for name, weight in averaged.student.named_parameters():
+        torch.testing.assert_close(weight, 2 / 11 * one[name] + 9 / 11 * two[name])
+    assert averaged.gap_without_ema == pytest.approx(second.gap) != averaged.gap
+    assert second.gap_without_ema == second.gap
+
+
+@pytest.mark.parametrize(
+    "precision, dtype, own",
+    [
+        ("no", torch.float32, torch.float32),
+        ("bf16", torch.bfloat16, torch.float32),
+        ("fp16", torch.float16, torch.float32),
+        ("fp16", torch.float16, torch.float16),
+    ],
+)
+def test_master_weights_are_float32_under_autocast(
+    precision: str, dtype: torch.dtype, own: torch.dtype
+) -> None:
+    """Whatever the dtypes of the pipeline and of the student, which returns."""
+    pipe = tiny_flux().to(own)
     student = tiny_student(pipe).to(torch.bfloat16)
-    dtypes: set[torch.dtype] = set()
-    student.register_forward_pre_hook(
-        lambda module, _: dtypes.update(p.dtype for p in module.parameters() if module.training)
-    )
-    train(pipe, student, PROMPTS[:4], quick(), pipeline_kwargs=call_kwargs(pipe))
-    assert dtypes == {torch.float32}
+    before = weights(student)
+    master: set[torch.dtype] = set()
+    computed: dict[str, set[torch.dtype]] = {"student": set(), "denoiser": set()}
+
+    def note(name: str) -> Any:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            if torch.is_grad_enabled():
+                master.update(p.dtype for p in student.parameters())
+                computed[name].add(output.dtype)
+
+        return hook
+
+    student.final_projection[0].register_forward_hook(note("student"))
+    pipe.transformer.context_embedder.register_forward_hook(note("denoiser"))
+    result = run(pipe, student, mixed_precision=precision, max_steps=6)
+    assert master == {torch.float32} and computed == {"student": {dtype}, "denoiser": {dtype}}
+    assert result.skipped < 6 and math.isfinite(result.loss)
+    assert not torch.equal(student.final_projection[0].weight, before["final_projection.0.weight"])
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     assert student(torch.tensor([[5, 1]]))[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_bfloat16_autocast_trains(checkpointing: bool) -> None:
+def test_gradient_checkpointing_learns_the_same() -> None:
     pipe = tiny_flux()
+    forwards: list[int] = []
+    block = pipe.transformer.transformer_blocks[0]
+    block.register_forward_pre_hook(lambda *_: forwards.append(1))
+    results, calls = [], []
+    for checkpointing in (False, True):
+        before = len(forwards)
+        results.append(run(pipe, gradient_checkpointing=checkpointing, max_steps=4, eval_every=1))
+        calls.append(len(forwards) - before)
+    assert losses(results[0]) == pytest.approx(losses(results[1]), rel=1e-6)
+    assert calls[1] == calls[0] + 4 and not pipe.transformer.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("poisoned", [range(2, 5), range(2, 99)], ids=["some", "many"])
+def test_gradients_that_are_not_finite_are_skipped(poisoned: range, tmp_path: Path) -> None:
+    """Ten in a row end the run, with the last good weights."""
+    pipe, calls = tiny_flux(), count()
     student = tiny_student(pipe)
-    result = train(
-        pipe, student, PROMPTS[:4],
-        quick(mixed_precision="bf16", gradient_checkpointing=checkpointing, max_steps=4),
-        pipeline_kwargs=call_kwargs(pipe),
-    )  # fmt: skip
-    assert result.loss > 0 and {p.dtype for p in student.parameters()} == {torch.float32}
-    assert not pipe.transformer.is_gradient_checkpointing
+
+    def poison(module: Any, args: Any, output: Any) -> Any:
+        if torch.is_grad_enabled() and next(calls) in poisoned:
+            return (output[0] * torch.nan,)
+        return output
+
+    pipe.transformer.register_forward_hook(poison)
+    arguments: dict[str, Any] = {"output_dir": tmp_path, "max_steps": 14, "eval_every": 2}
+    if len(poisoned) > 10:
+        with pytest.raises(DistillError, match="10 updates in a row, up to number 12, are not"):
+            run(pipe, student, **arguments)
+        assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 5
+    else:
+        result = run(pipe, student, **arguments)
+        assert (result.steps, result.skipped) == (14, 3) and "14, 3 skipped" in str(result)
+        assert [e["skipped"] for e in result.history[:4]] == [0, 2, 3, 3]
+        assert [math.isfinite(loss) for loss in losses(result)[:3]] == [True, False, True]
+    assert all(tensor.isfinite().all() for tensor in student.state_dict().values())
+    assert not student.training and all(p.requires_grad for p in pipe.transformer.parameters())
+    SlimT5Encoder.from_pretrained(tmp_path)
 
 
-def test_a_pipeline_in_bfloat16_teaches() -> None:
-    pipe = tiny_flux().to(torch.bfloat16)
-    student = tiny_student(pipe)
-    before = student.final_projection[0].weight.clone()
-    train(pipe, student, PROMPTS[:4], quick(), pipeline_kwargs=call_kwargs(pipe))
-    assert not torch.equal(student.final_projection[0].weight, before)
+# --- the order of samples ------------------------------------------------------------------------
 
 
-def test_same_seed_same_student() -> None:
-    students = []
-    for seed in (0, 0, 1):
-        pipe = tiny_flux()
-        torch.rand(seed + 3)  # what was drawn before must not matter
-        student = tiny_student(pipe)
-        train(pipe, student, PROMPTS[:4], quick(seed=seed), pipeline_kwargs=call_kwargs(pipe))
-        students.append(weights(student))
-    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
-    assert not all(torch.equal(students[0][name], students[2][name]) for name in students[0])
+def drawn(pipe: Any, updates: int, **changes: Any) -> tuple[TrajectoryReservoir, list[Any]]:
+    """A reservoir, and the samples of its updates."""
+    config, kwargs = quick(**changes), call_kwargs(pipe)
+    reservoir = TrajectoryReservoir(pipe, PROMPTS, config, pipeline_kwargs=kwargs)
+    return reservoir, [b.call for step in range(updates) for b in reservoir.batches(step)]
 
 
-def test_average_and_last_weights_are_both_measured() -> None:
-    pipe = tiny_flux()
-    arguments: Any = {"pipeline_kwargs": call_kwargs(pipe), "eval_prompts": PROMPTS[4:]}
-    averaged = train(pipe, tiny_student(pipe), PROMPTS[:4], quick(ema_decay=0.9), **arguments)
-    plain = train(pipe, tiny_student(pipe), PROMPTS[:4], quick(ema_decay=0.0), **arguments)
-    assert averaged.raw_gap == pytest.approx(plain.gap) and plain.raw_gap == plain.gap
-    assert averaged.gap != averaged.raw_gap
-
-
-# --- the order of examples -----------------------------------------------------------------------
-
-
-def examples_of(
-    pipe: Any, config: DistillConfig, process: tuple[int, int] = (0, 1)
-) -> tuple[Examples, PromptTable]:
-    table = PromptTable()
-    source = prompt_source(PROMPTS)
-    return Examples(pipe, source, config, call_kwargs(pipe), table, process), table
-
-
-def draw(examples: Examples, updates: range | int, walked: bool = True) -> list[Batch]:
-    numbers = range(updates) if isinstance(updates, int) else updates
-    return [batch for update in numbers for batch in examples.batches(update, walked)]
-
-
-def rows_of(batch: Batch) -> Rows:
-    assert isinstance(batch.call, Rows)
-    return batch.call
-
-
-def test_paper_order_is_consecutive_along_one_walk() -> None:
-    pipe = tiny_flux()
-    examples, _ = examples_of(pipe, DistillConfig.paper(batch_size=4))
-    drawn = [rows_of(batch) for batch in draw(examples, 6)]
-    assert all(len(rows) == 4 for rows in drawn)
-    times = [rows.batched["timestep",][0].item() for rows in drawn]
+def test_the_papers_order_is_consecutive_along_one_trajectory() -> None:
+    settings = vars(DistillConfig.paper(batch_size=4))
+    reservoir, samples = drawn(tiny_flux(), 6, **settings)
+    assert all(isinstance(call, Samples) and len(call) == 4 for call in samples)
+    times = [call.batched["timestep",][0].item() for call in samples]
     assert times[:3] == sorted(times[:3], reverse=True) == times[3:]
-    assert drawn[0].prompts == drawn[2].prompts != drawn[3].prompts
-    guidance = {rows.batched["guidance",][0].item() for rows in drawn}
+    assert samples[0].prompts == samples[2].prompts != samples[3].prompts
+    guidance = {call.batched["guidance",][0].item() for call in samples}
     assert guidance <= set(DistillConfig.paper().guidance_scales)
-    assert not drawn[0].batched["pooled_projections",].any()
-    assert examples.teacher_rows == examples.student_rows == 24
+    assert not samples[0].batched["pooled_projections",].any()
+    assert reservoir.teacher_samples == reservoir.student_samples == 24
 
 
 @pytest.mark.parametrize("reuse", [1.0, 3.0])
-def test_reservoir_mixes_and_reuses(reuse: float) -> None:
-    pipe = tiny_flux()
-    config = quick(batch_size=4, reservoir_walks=8, reuse=reuse, empty_prompt_share=0.0)
-    examples, _ = examples_of(pipe, config)
-    batches = draw(examples, 18)
-    drawn = [rows_of(batch) for batch in batches]
-    assert all(len(rows) == 4 for rows in drawn)
-    assert examples.teacher_rows == 18 * 4 / reuse  # each row is drawn `reuse` times on average
-    assert len(examples._walks) == 2  # of 4 prompts each
-    assert all(len(set(rows.prompts)) == 4 for rows in drawn[:3])  # one row of each lane
-    assert any(len(set(rows.batched["timestep",].tolist())) > 1 for rows in drawn)
-    assert any(len(set(rows.batched["guidance",].tolist())) > 1 for rows in drawn[6:]) or reuse > 1
-    thirds = {(t, int(i)) for b in batches for t, i in zip(
-        rows_of(b).batched["timestep",].tolist(), b.thirds, strict=True)}  # fmt: skip
-    assert len(thirds) == 3  # of three steps, each is a third
+def test_a_reservoir_mixes_and_reuses(reuse: float) -> None:
+    reservoir, samples = drawn(tiny_flux(), 18, reuse=reuse, prompt_dropout=0.0)
+    # Each sample is drawn `reuse` times on average.
+    assert reservoir.teacher_samples == 18 * 4 / reuse and reservoir.student_samples == 18 * 4
+    assert all(len(set(call.prompts)) == 4 for call in samples[:3])  # one of each trajectory
+    assert any(len(set(call.batched["timestep",].tolist())) > 1 for call in samples)
+    assert any(len(set(call.batched["guidance",].tolist())) > 1 for call in samples) or reuse > 1
 
 
-@pytest.mark.parametrize("reservoir", [0, 16], ids=["consecutive", "reservoir"])
-@pytest.mark.parametrize("name", sorted(TINY_PIPELINES))
-def test_lanes_learn_the_same_however_they_are_spread(name: str, reservoir: int) -> None:
-    """One batch of 4, two of 2, and two processes: the same rows in the same update."""
-    pipe = TINY_PIPELINES[name]()
-
-    def learned(batch_size: int, accumulation: int, processes: int) -> list[torch.Tensor]:
-        config = quick(
-            batch_size=batch_size, gradient_accumulation_steps=accumulation,
-            reservoir_walks=reservoir,
-        )  # fmt: skip
-        updates: list[list[torch.Tensor]] = [[] for _ in range(5)]
-        for index in range(processes):
-            examples, _ = examples_of(pipe, config, (index, processes))
-            for update, targets in enumerate(updates):
-                for batch in examples.batches(update, walked=True):
-                    assert batch.call is not None
-                    targets += list(batch.call.target)
-        sums = [sorted(t.double().abs().sum().item() for t in targets) for targets in updates]
-        return [torch.tensor(values) for values in sums]
-
-    for split in ((2, 2, 1), (2, 1, 2), (1, 4, 1)):
-        for one, other in zip(learned(4, 1, 1), learned(*split), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+# --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reservoir", [0, 8], ids=["consecutive", "reservoir"])
-def test_examples_go_on_from_their_counters(reservoir: int) -> None:
-    pipe = tiny_flux()
-    config = quick(reservoir_walks=reservoir)
-    one, table = examples_of(pipe, config)
-    draw(one, 7)
-    other, other_table = examples_of(pipe, config)
-    other.restore(json.loads(json.dumps(one.state())))
-    assert other.state() == one.state()
-    for a, b in zip(draw(one, range(7, 12)), draw(other, range(7, 12)), strict=True):
-        assert torch.equal(rows_of(a).target, rows_of(b).target)
-        assert torch.equal(a.thirds, b.thirds)  # type: ignore[arg-type]
-        for key, tensor in rows_of(a).batched.items():
-            assert torch.equal(tensor, rows_of(b).batched[key])
-        ids = [t.batch(x.prompts, x.device)[0] for t, x in ((table, a), (other_table, b))]
-        assert torch.equal(*ids)
+BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompts": ({"prompts": []}, "list holds no prompts; expected"),
+    "empty eval": ({"eval_prompts": []}, "list holds no prompts"),
+    "not a student": ({"student": "google/flan-t5-base"}, "student is a str"),
+    "students": ({"student": [None, None]}, "one student.*examples/series and examples/joint"),
+    "other width": ({"student": {"project_out_dim": 48}}, "48"),
+    "other vocabulary": ({"student": {"vocab_size": 1024}}, "vocabulary"),
+    "unknown argument": ({"pipeline_kwargs": {"hight": 16}}, "'hight'"),
+    "no tracker": ({"trackers": ("mlflow",)}, "'mlflow', which isn't installed: pip install"),
+    "no logs": ({"trackers": ("tensorboard",), "output_dir": None}, "pass an output_dir"),
+    "no samples": ({"samples_every": 2}, "samples_every needs eval_prompts.*an output_dir"),
+    "no name": ({"push_to_hub": True, "output_dir": None}, "after output_dir: pass one"),
+    "the teacher": ({}, "T5EncoderModel; expected a SlimT5Encoder"),
+    "patched pipeline": ({}, "shares its weights"),
+    "frozen student": ({}, "No parameter of the student"),
+    "another model": ({}, "another run or model"),
+    "output is a file": ({}, "is a file; expected a folder"),
+    "no T5": ({}, "no T5"),
+    "float16 denoiser": ({}, "float16"),
+}
+SPOILED: dict[str, Callable[[Any, Any, Path], Any]] = {
+    "patched pipeline": lambda pipe, student, out: patch_pipeline(pipe, student),
+    "frozen student": lambda pipe, student, out: student.requires_grad_(False),
+    "another model": lambda pipe, student, out: (out.mkdir(), (out / "config.json").touch()),
+    "output is a file": lambda pipe, student, out: out.touch(),
+    "no T5": lambda pipe, student, out: pipe.register_modules(text_encoder_2=pipe.text_encoder),
+    "float16 denoiser": lambda pipe, student, out: pipe.transformer.half(),
+}
 
 
-def test_guidance_of_the_user_holds_where_the_denoiser_takes_none() -> None:
-    pipe = tiny_flux(guidance_embeds=False)
-    (batch,) = draw(examples_of(pipe, quick())[0], 1)
-    assert ("guidance",) not in rows_of(batch).batched
-
-
-def test_teacher_encodes_each_prompt_once() -> None:
-    pipe = tiny_flux()
-    encoded: list[int] = []
-    teacher = teacher_of(pipe)
-    handle = teacher.encoder.register_forward_hook(lambda m, args, out: encoded.append(len(out[0])))
-    examples, _ = examples_of(pipe, quick(empty_prompt_share=0.3))
-    draw(examples, 30)
-    # In batches of 8, which are filled up: the seven prompts, and the empty one, came in few walks.
-    asked, walked = len(encoded), examples.teacher_rows
-    assert set(encoded) == {8} and asked <= 4 and walked > 60
-    draw(examples, range(30, 60))
-    handle.remove()
-    assert len(encoded) == asked and examples.teacher_rows > walked
-
-
-def test_batches_without_the_denoiser_hold_each_prompt_in_turn() -> None:
-    pipe = TINY_PIPELINES["pixart_sigma"]()
-    examples, table = examples_of(pipe, quick(batch_size=2, empty_prompt_share=0.0))
-    batches = draw(examples, len(PROMPTS) // 2, walked=False)
-    assert all(batch.call is None for batch in batches) and examples.teacher_rows == 0
-    ids, mask = table.batch([n for batch in batches for n in batch.prompts], batches[0].device)
-    assert mask is not None and len(ids.unique(dim=0)) == len(PROMPTS)
-
-
-# --- the measure ---------------------------------------------------------------------------------
-
-
-class Repeats(torch.nn.Module):
-    """Says of every prompt what the teacher says of one."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=self.rows.expand(len(input_ids), -1, -1))
-
-
-@pytest.mark.parametrize("name", sorted(TINY_PIPELINES))
-def test_gap_is_0_for_the_teacher_and_1_for_an_empty_prompt(name: str) -> None:
-    pipe = TINY_PIPELINES[name]()
-    teacher = teacher_of(pipe)
-    gap = VelocityGap(pipe, PROMPTS[:3], pipeline_kwargs=call_kwargs(pipe), batch_size=2)
-    assert gap(copy.deepcopy(teacher)) < 1e-8
-    tokenizer = pipe.tokenizer_3 if name == "sd3" else getattr(pipe, "tokenizer_2", pipe.tokenizer)
-    empty = tokenizer([""], padding="max_length", max_length=12, return_tensors="pt")
-    masked = name in ("chroma", "pixart_sigma", "stable_audio")
-    with torch.no_grad():
-        rows = teacher(empty.input_ids, empty.attention_mask if masked else None)[0]
-    assert gap(Repeats(rows)) == pytest.approx(1.0, rel=1e-5)
-    student = tiny_student(pipe).train()
-    assert gap(student) > 0.01 and student.training
-
-
-def test_gap_doesnt_depend_on_the_batch_much_and_not_on_the_call() -> None:
-    pipe = tiny_flux()
-    student = tiny_student(pipe)
-    measure = VelocityGap(pipe, PROMPTS[:4], pipeline_kwargs=call_kwargs(pipe))
-    assert measure(student) == measure(student)
-    assert measure(student) == velocity_gap(
-        pipe, student, PROMPTS[:4], pipeline_kwargs=call_kwargs(pipe)
-    )
-
-
-def test_gap_of_a_patched_pipeline_is_refused() -> None:
-    pipe = tiny_flux()
-    student = tiny_student(pipe)
-    patch_pipeline(pipe, student)
-    with pytest.raises(DistillError, match="unpatch_pipeline"):
-        velocity_gap(pipe, student, PROMPTS[:1], pipeline_kwargs=call_kwargs(pipe))
-
-
-def test_gap_of_a_denoiser_that_ignores_the_prompt() -> None:
-    pipe = tiny_flux()
-    torch.nn.init.zeros_(pipe.transformer.context_embedder.weight)
-    with pytest.raises(DistillError, match="same for these prompts as for an empty one"):
-        VelocityGap(pipe, PROMPTS[:2], pipeline_kwargs=call_kwargs(pipe))
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def test_output_dir_holds_the_student_and_its_story(tmp_path: Path) -> None:
-    pipe = tiny_flux()
-    student = tiny_student(pipe)
-    file = tmp_path / "prompts.txt"
-    file.write_text("\n".join([PROMPTS[0] + "  ", "", *PROMPTS[1:4]]) + "\n", encoding="utf-8")
-    out = tmp_path / "runs" / "first"
-    result = train(
-        pipe, student, file, quick(max_steps=5, eval_every=2),
-        pipeline_kwargs=call_kwargs(pipe), eval_prompts=PROMPTS[4:], output_dir=out,
-    )  # fmt: skip
-    assert {path.name for path in out.iterdir()} >= {
-        "config.json", "model.safetensors", "history.jsonl", "distillation.json",
-    }  # fmt: skip
-    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
-    loaded = SlimT5Encoder.from_pretrained(out)
-    assert_same(loaded, weights(student))
-    assert sum(p.numel() for p in loaded.parameters()) == sum(
-        p.numel() for p in student.parameters()
-    )
-    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    assert lines == result.history and [line["step"] for line in lines] == [2, 4, 5]
-    seconds = [line["seconds"] for line in lines]
-    assert seconds == sorted(seconds) and result.seconds == seconds[-1]
-    facts = json.loads((out / "distillation.json").read_text())
-    assert facts["pipelines"][0]["pipeline"] == "FluxPipeline" and facts["prompts"]["prompts"] == 4
-    assert facts["config"]["max_steps"] == 5 and facts["result"]["gap"] == result.gap
-
-
-def test_max_seconds_ends_the_run(tmp_path: Path) -> None:
-    pipe = tiny_flux()
-    result = train(
-        pipe, tiny_student(pipe), PROMPTS[:4], quick(max_steps=10**6, max_seconds=0.5),
-        pipeline_kwargs=call_kwargs(pipe),
-    )  # fmt: skip
-    assert 0 < result.steps < 10**5 and result.seconds >= 0.5
-
-
-# --- bad input -----------------------------------------------------------------------------------
-
-
-def test_gradients_that_are_not_finite_stop_and_keep_the_last_good_weights(
-    tmp_path: Path,
-) -> None:
-    pipe = tiny_flux()
-    student = tiny_student(pipe)
-    calls: list[int] = []
-
-    def poison(module: Any, args: Any, output: Any) -> Any:
-        if torch.is_grad_enabled():
-            calls.append(1)
-            if len(calls) >= 4:
-                return (output[0] * torch.nan,)
-        return output
-
-    handle = pipe.transformer.register_forward_hook(poison)
-    out = tmp_path / "run"
-    with pytest.raises(DistillError, match="2 updates in a row, up to number 5, are not finite"):
-        train(
-            pipe, student, PROMPTS[:4], quick(max_steps=10, eval_every=3, max_skipped_updates=2),
-            pipeline_kwargs=call_kwargs(pipe), output_dir=out,
-        )  # fmt: skip
-    handle.remove()
-    assert all(tensor.isfinite().all() for tensor in student.state_dict().values())
-    assert not student.training and all(p.requires_grad for p in pipe.transformer.parameters())
-    assert len((out / "history.jsonl").read_text().splitlines()) == 1
-    SlimT5Encoder.from_pretrained(out)
-
-
-BAD_INPUT = """no prompts, blank prompts, empty file, missing file, not strings, empty eval,
-student is the teacher, patched pipeline, not a student, other width, other vocabulary,
-frozen student, another run, output is a file, unknown pipeline kwarg, no T5, float16 denoiser"""
-
-
-@pytest.mark.parametrize("case", [case.strip() for case in BAD_INPUT.split(",")])
+@pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_refused_before_anything_happens(case: str, tmp_path: Path) -> None:
-    pipe = tiny_flux()
-    student: Any = tiny_student(pipe)
-    prompts: Any = PROMPTS[:2]
-    arguments: dict[str, Any] = {"pipeline_kwargs": call_kwargs(pipe)}
-    error: type[Exception] = DistillError
-    small = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    out = tmp_path / "out"
-    if case == "no prompts":
-        prompts, message = [], "prompts: a list without a prompt"
-    elif case == "blank prompts":
-        prompts, message = ["", " \n"], "without a prompt"
-    elif case == "empty file":
-        prompts, message = tmp_path / "empty.txt", "empty.txt without a prompt"
-        prompts.write_text("\n\n")
-    elif case == "missing file":
-        prompts, message = "a red circle", "no such file"
-    elif case == "not strings":
-        prompts, message = ["a", 3], "holds 3; expected strings"
-    elif case == "empty eval":
-        arguments["eval_prompts"], message = [], "eval_prompts: a list without"
-    elif case == "student is the teacher":
-        student = pipe.text_encoder_2
-        message = "T5EncoderModel; expected a SlimT5Encoder"
-    elif case == "patched pipeline":
-        patch_pipeline(pipe, student)
-        message = "shares its weights"
-    elif case == "not a student":
-        student, message = "google/flan-t5-base", "student is a str"
-    elif case == "other width":
-        student = SlimT5Encoder(SlimT5Config(vocab_size=256, project_out_dim=48, **small))
-        error, message = IncompatibleStudentError, "48"
-    elif case == "other vocabulary":
-        student = SlimT5Encoder(SlimT5Config(vocab_size=1024, project_out_dim=32, **small))
-        error, message = IncompatibleStudentError, "vocabulary"
-    elif case == "frozen student":
-        student.requires_grad_(False)
-        message = "No parameter of the student"
-    elif case == "another run":
-        out.mkdir()
-        (out / "history.jsonl").write_text("{}")
-        message = "another run or model"
-    elif case == "output is a file":
-        out.write_text("x")
-        message = "which is a file"
-    elif case == "unknown pipeline kwarg":
-        arguments["pipeline_kwargs"], message = {"hight": 16}, "'hight'"
-    elif case == "no T5":
-        pipe.register_modules(text_encoder_2=pipe.text_encoder)
-        error, message = NoT5SlotError, "no T5"
-    else:
-        pipe.transformer.half()
-        message = "float16"
-    existed = out.exists()
-    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
-    before = [weights(module) for module in modules]
-    calls: list[Any] = []
-    pipe.transformer.register_forward_hook(lambda *args: calls.append(args))
-    with pytest.raises(error, match=message):
-        train(pipe, student, prompts, quick(), output_dir=out, **arguments)
+    arguments, message = BAD_INPUT[case]
+    pipe, out = tiny_flux(), tmp_path / "out"
+    student = arguments.get("student", {})
+    student = tiny_student(pipe, **student) if isinstance(student, dict) else student
+    student = pipe.text_encoder_2 if case == "the teacher" else student
+    if case in SPOILED:
+        SPOILED[case](pipe, student, out)
+    existed, modules = out.exists(), modules_of(pipe)
+    before = {name: weights(module) for name, module in modules.items()}
+    calls = calls_of(pipe.transformer)
+    with pytest.raises((DistillError, IncompatibleStudentError, NoT5SlotError), match=message):
+        run(pipe, **{"output_dir": out} | arguments | {"student": student})
     assert not calls and out.exists() == existed
-    for module, state in zip(modules, before, strict=True):
-        assert_same(module, state)
-        assert case in ("frozen student", "patched pipeline") or all(
-            p.requires_grad for p in module.parameters()
-        )
+    for name, module in modules.items():
+        assert_same(module.state_dict(), before[name])
+
+
+# --- launches ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Accelerate reads the environment once for a process: here, once for a test."""
+    AcceleratorState._reset_state(True)
+    yield monkeypatch
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(
+    "variable, value, message",
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "sets mixed precision to 'bf16'.*config to 'no'"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", r"dynamo backend.*student\.compile\(\)"),
+    ],
+)
+def test_a_launch_with_other_settings_is_refused(
+    variable: str, value: str, message: str, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv(variable, value)
+    with pytest.raises(DistillError, match=message):
+        run(tiny_flux())
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launch_that_shards_the_student_is_refused(
+    kind: str, environment: pytest.MonkeyPatch
+) -> None:
+    # Which accelerate itself says of several GPUs only.
+    found = property(lambda _: DistributedType(kind))
+    environment.setattr("accelerate.Accelerator.distributed_type", found)
+    with pytest.raises(DistillError, match=f"launched with {kind}, which shards"):
+        run(tiny_flux())
+
+
+def test_a_launch_with_equal_settings_changes_nothing(environment: pytest.MonkeyPatch) -> None:
+    changes = {"gradient_accumulation_steps": 2, "batch_size": 2, "mixed_precision": "bf16"}
+    one = run(tiny_flux(), **changes)
+    environment.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    environment.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    environment.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # which the config decides
+    other = run(tiny_flux(), **changes)
+    assert one.history[-1]["grad_norm_max"] == other.history[-1]["grad_norm_max"]

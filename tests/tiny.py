@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLLTXVideo,
@@ -41,11 +42,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
     T5TokenizerFast,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 
 TEXT_WIDTH = 32  # channels of the teacher's rows, the width that every tiny denoiser reads
@@ -55,20 +52,8 @@ CLIP_TOKENS = 64
 
 COLOURS = ["red", "green", "blue"]
 SHAPES = ["circle", "square", "star", "sign"]
-WORDS = [
-    *COLOURS,
-    *SHAPES,
-    "a",
-    "the",
-    "small",
-    "large",
-    "on",
-    "of",
-    "left",
-    "right",
-    "above",
-    "two",
-]
+SMALL_WORDS = ("a", "the", "small", "large", "on", "of", "left", "right", "above", "two")
+WORDS = [*COLOURS, *SHAPES, *SMALL_WORDS]
 PROMPTS = [
     "a red circle",
     "two small blue squares on the left of a star",
@@ -98,30 +83,23 @@ def clip_tokenizer() -> CLIPTokenizer:
     )
 
 
-def t5_encoder(width: int = TEXT_WIDTH, vocab_size: int = T5_VOCAB) -> T5EncoderModel:
-    return _loud(T5EncoderModel(T5Config(**_t5_shape(width, vocab_size))))
-
-
-def umt5_encoder(width: int = TEXT_WIDTH, vocab_size: int = T5_VOCAB) -> UMT5EncoderModel:
-    """As in Wan or AuraFlow: each of its layers has a relative attention bias of its own."""
-    return _loud(UMT5EncoderModel(UMT5Config(**_t5_shape(width, vocab_size))))
-
-
-def _t5_shape(width: int, vocab_size: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab_size, "d_model": width, "d_kv": 8, "d_ff": 37, "num_layers": 2,
-        "num_heads": 4, "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu",
-        "dropout_rate": 0.1,
-    }  # fmt: skip
-
-
-def _loud(encoder: Any) -> Any:
-    """T5's own initialisation leaves attention and feed-forward almost silent."""
+def t5_encoder(width: int = TEXT_WIDTH, vocab_size: int = T5_VOCAB, kind: str = "T5") -> Any:
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=vocab_size, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        relative_attention_num_buckets=8, feed_forward_proj="gated-gelu", dropout_rate=0.1,
+    )  # fmt: skip
+    encoder = getattr(transformers, f"{kind}EncoderModel")(config)
+    # T5's own initialisation leaves attention and feed-forward almost silent.
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if "layer_norm" not in name:
                 parameter.normal_(0, 1.0 if "shared" in name else 0.3)
     return encoder
+
+
+def umt5_encoder(width: int = TEXT_WIDTH, vocab_size: int = T5_VOCAB) -> Any:
+    """As in Wan or AuraFlow: each of its layers has a relative attention bias of its own."""
+    return t5_encoder(width, vocab_size, "UMT5")
 
 
 def clip_encoder(cls: type = CLIPTextModel) -> CLIPTextModel:
@@ -146,7 +124,7 @@ def autoencoder(latent_channels: int) -> AutoencoderKL:
 
 def tiny_flux(seed: int = 0, guidance_embeds: bool = True, in_channels: int = 16) -> FluxPipeline:
     torch.manual_seed(seed)
-    return _finish(
+    return finish(
         FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=autoencoder(4),
@@ -166,7 +144,7 @@ def tiny_flux(seed: int = 0, guidance_embeds: bool = True, in_channels: int = 16
 
 def tiny_sd3(seed: int = 0, channels: int = 4) -> StableDiffusion3Pipeline:
     torch.manual_seed(seed)
-    return _finish(
+    return finish(
         StableDiffusion3Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=autoencoder(channels),
@@ -188,7 +166,7 @@ def tiny_sd3(seed: int = 0, channels: int = 4) -> StableDiffusion3Pipeline:
 
 def tiny_chroma(seed: int = 0) -> ChromaPipeline:
     torch.manual_seed(seed)
-    return _finish(
+    return finish(
         ChromaPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=autoencoder(4),
@@ -206,7 +184,7 @@ def tiny_chroma(seed: int = 0) -> ChromaPipeline:
 
 def tiny_pixart_sigma(seed: int = 0) -> PixArtSigmaPipeline:
     torch.manual_seed(seed)
-    return _finish(
+    return finish(
         PixArtSigmaPipeline(
             tokenizer=t5_tokenizer(),
             text_encoder=t5_encoder(),
@@ -233,7 +211,7 @@ def tiny_ltx(seed: int = 0) -> LTXPipeline:
         upsample_residual=(False, False, False, False), upsample_factor=(1, 1, 1, 1),
     )  # fmt: skip
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
-    return _finish(
+    return finish(
         LTXPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=vae,
@@ -257,7 +235,7 @@ def tiny_stable_audio(seed: int = 0) -> StableAudioPipeline:
             encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3,
             decoder_input_channels=3, audio_channels=2, channel_multiples=[2, 4], sampling_rate=4,
         )  # fmt: skip
-    return _finish(
+    return finish(
         StableAudioPipeline(
             vae=vae,
             text_encoder=t5_encoder(),
@@ -285,24 +263,16 @@ TINY_PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "stable_audio": tiny_stable_audio,
 }
 
+_IMAGE: dict[str, Any] = {"height": 16, "width": 16, "max_sequence_length": MAX_TOKENS}
+_GUIDED = _IMAGE | {"guidance_scale": 4.0}
 _CALL_KWARGS: dict[str, dict[str, Any]] = {
-    "FluxPipeline": {"height": 16, "width": 16, "max_sequence_length": MAX_TOKENS},
-    "StableDiffusion3Pipeline": {
-        "height": 16, "width": 16, "max_sequence_length": MAX_TOKENS, "guidance_scale": 4.0,
-    },
-    "ChromaPipeline": {
-        "height": 16, "width": 16, "max_sequence_length": MAX_TOKENS, "guidance_scale": 4.0,
-    },
-    "PixArtSigmaPipeline": {
-        "height": 16, "width": 16, "max_sequence_length": MAX_TOKENS, "guidance_scale": 4.0,
-        "use_resolution_binning": False, "clean_caption": False,
-    },
-    "LTXPipeline": {
-        "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": MAX_TOKENS,
-        "guidance_scale": 3.0,
-    },
+    "FluxPipeline": _IMAGE,
+    "StableDiffusion3Pipeline": _GUIDED,
+    "ChromaPipeline": _GUIDED,
+    "PixArtSigmaPipeline": _GUIDED | {"use_resolution_binning": False, "clean_caption": False},
+    "LTXPipeline": _IMAGE | {"height": 32, "width": 32, "num_frames": 9, "guidance_scale": 3.0},
     "StableAudioPipeline": {"guidance_scale": 3.0},
-}  # fmt: skip
+}
 
 
 def call_kwargs(pipe: DiffusionPipeline, steps: int = 3) -> dict[str, Any]:
@@ -317,9 +287,9 @@ def tiny_student(
 ) -> Any:
     """A student (`SlimT5Encoder`) with the vocabulary and output width that `pipe` needs."""
     from t5slim import SlimT5Config, SlimT5Encoder
-    from t5slim.slot import find_text_slot
+    from t5slim.slot import TextSlot
 
-    slot = getattr(pipe, find_text_slot(pipe).name)
+    slot = TextSlot(pipe).encoder
     torch.manual_seed(seed)
     shape: dict[str, Any] = {
         "vocab_size": slot.config.vocab_size, "d_model": d_model, "d_kv": 8, "d_ff": 2 * d_model,
@@ -330,7 +300,7 @@ def tiny_student(
     return SlimT5Encoder(SlimT5Config(**shape | config)).eval()
 
 
-def _finish(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def finish(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Eval mode, as from_pretrained leaves it, and no progress bar in the tests' output.
 
     Zero-initialised layers (adaLN gates, output projections) would make a fresh denoiser ignore its

@@ -1,6 +1,6 @@
-"""Tables and figures of the scaling-down study, from what `study.py` measured.
+"""Tables and figures of the scaling-down study, from the results of `study.py`.
 
-python examples/scaling_down/figures.py --out docs        # of the committed results
+python examples/scaling_down/figures.py --out examples/scaling_down    # of the committed results
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from torchmetrics.functional import spearman_corrcoef
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scaling_down.measuring import ROWS
+from scaling_down.measuring import TOKENS
 from scaling_down.study import CONTROLS, COSTS, MIDDLE, OBJECTIVES, SIZES, SMALLEST
 from shapes_world.world import CRITERIA
 
 Record = dict[str, Any]
 Point = dict[str, float]
 COMMITTED = Path(__file__).with_name("results.jsonl")
+# In the committed results.
+FORMER_NAMES = {
+    "rows": "tokens", "gap_of_rows": "gap_of_tokens", "error_of_rows": "error_of_tokens",
+}  # fmt: skip
 VELOCITY, EMBEDDING, LONGER, BOTH = OBJECTIVES
 COLORS = {VELOCITY: "tab:blue", EMBEDDING: "tab:orange", LONGER: "tab:red", BOTH: "tab:green"}
 SKILLS = {"quality": "quality", "semantics": "semantics", "text": "words", "letters": "letters"}
@@ -43,11 +47,11 @@ def main() -> None:
         "Size and objective": sizes_table,
         "At equal cost": costs_table,
         "Seconds of an update": prices_table,
-        "Where the error is": rows_table,
-        "Rows that are matched": matched_table,
+        "Where the error is": tokens_table,
+        "Tokens that are matched": matched_table,
         "Idle text": chatter_table,
         "Captions of one kind": kinds_table,
-        "What the gap says of the pictures": ranks_table,
+        "The gap and the images": ranks_table,
     }
     for heading, table in tables.items():
         rows = table(results)
@@ -62,7 +66,7 @@ class Results:
     update of each size costs, in seconds of the machine that was measured first."""
 
     def __init__(self, path: Path) -> None:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [renamed(json.loads(line)) for line in path.read_text().splitlines()]
         self.students: list[Record] = [r for r in records if r["group"] not in (CONTROLS, COSTS)]
         controls = {r["objective"]: r for r in records if r["group"] == CONTROLS}
         self.teacher, self.contextless = controls["teacher"], controls["contextless"]
@@ -70,7 +74,7 @@ class Results:
 
     def of(self, **wanted: Any) -> list[Record]:
         """Those of one kind: a size, an objective, ..."""
-        wanted = {"kind": "all", "chatter": 0.5, "rows": "all"} | wanted
+        wanted = {"kind": "all", "chatter": 0.5, "tokens": "all"} | wanted
         return [r for r in self.students if all(r[key] == v for key, v in wanted.items())]
 
     def cells(self) -> Iterator[tuple[str, str, list[Record]]]:
@@ -81,10 +85,15 @@ class Results:
                     yield size, objective, found
 
     def seconds(self, record: Record, point: Point) -> float:
-        """What a point of a student's curve had cost, at the price of updates measured alone."""
-        on_rows = max((p["updates"] for p in record["curve"] if not p["passes"]), default=0)
-        first, price = min(point["updates"], on_rows), self.costs[record["size"]]
+        """The cost of a point of a student's curve, at the price of updates measured alone."""
+        embedding = max((p["updates"] for p in record["curve"] if not p["passes"]), default=0)
+        first, price = min(point["updates"], embedding), self.costs[record["size"]]
         return first * price[EMBEDDING] + (point["updates"] - first) * price[VELOCITY]
+
+
+def renamed(record: Record) -> Record:
+    """A record with the names of today."""
+    return {FORMER_NAMES.get(name, name): value for name, value in record.items()}
 
 
 # --- tables ---
@@ -159,24 +168,24 @@ def prices_table(results: Results) -> list[list[str]]:
     return rows
 
 
-def rows_table(results: Results) -> list[list[str]]:
-    head = [f"{what} of {kind} rows" for what in ("error", "gap") for kind in ROWS]
+def tokens_table(results: Results) -> list[list[str]]:
+    head = [f"{what} of {kind} tokens" for what in ("error", "gap") for kind in TOKENS]
     rows = [["size", "objective", *head]]
     for size, objective, found in results.cells():
         values = [
             over(found, lambda r, what=what, kind=kind: r[what][kind])
-            for what in ("error_of_rows", "gap_of_rows")
-            for kind in ROWS
+            for what in ("error_of_tokens", "gap_of_tokens")
+            for kind in TOKENS
         ]
         rows.append([size, objective, *values])
     return rows
 
 
 def matched_table(results: Results) -> list[list[str]]:
-    """Of students whose embeddings were matched in some rows only."""
-    runs = {rows: {"rows": rows} for rows in ("all", "visual+idle", "visual")}
+    """Of students whose embeddings were matched for some tokens only."""
+    runs = {tokens: {"tokens": tokens} for tokens in ("all", "visual+idle", "visual")}
     return smallest_table(
-        results, "rows", runs, "gap_of_rows", {f"{row} rows": row for row in ROWS}
+        results, "tokens", runs, "gap_of_tokens", {f"{kind} tokens": kind for kind in TOKENS}
     )
 
 
@@ -197,14 +206,14 @@ def smallest_table(
     """Of the smallest students, what differs between them in the first column; with the gaps of
     some parts of what they are measured on."""
     heads = [what, "learned from", "gap", *(f"gap of {part}" for part in parts)]
-    kinds = ROWS[:2]  # of the caption, and of the idle sentence
-    rows = [[*heads, *(f"error of {kind} rows" for kind in kinds), *SKILLS.values()]]
+    kinds = TOKENS[:2]  # of the caption, and of the idle sentence
+    rows = [[*heads, *(f"error of {kind} tokens" for kind in kinds), *SKILLS.values()]]
     for name, wanted in runs.items():
         for objective in (EMBEDDING, BOTH):
             if found := results.of(size=SMALLEST, objective=objective, **wanted):
                 gaps = [over(found, lambda r, key=key: r[gaps_of][key]) for key in parts.values()]
                 errors = [
-                    over(found, lambda r, kind=kind: r["error_of_rows"][kind]) for kind in kinds
+                    over(found, lambda r, kind=kind: r["error_of_tokens"][kind]) for kind in kinds
                 ]
                 right = [percent(found, skill) for skill in SKILLS]
                 rows.append([name, objective, over(found, gap), *gaps, *errors, *right])
@@ -223,7 +232,7 @@ def kinds_table(results: Results) -> list[list[str]]:
 def ranks_table(results: Results) -> list[list[str]]:
     kinds = "the gap", "the gap of such captions"
     heads = [head for kind in kinds for head in (f"rank correlation with {kind}", "95% interval")]
-    rows = [["pictures right in", "students", *heads]]
+    rows = [["images right in", "students", *heads]]
     for skill, name in (*SKILLS.items(), (None, "all criteria")):
         cells = [name, str(len(results.students))]
         for of in (None, skill) if skill else (None,):
@@ -262,7 +271,7 @@ def gap(record: Record, skill: str | None = None) -> float:
 
 
 def accuracy(record: Record, skill: str | None) -> float:
-    """The share of right pictures in a skill; or in all three criteria."""
+    """The share of right images in a skill; or in all three criteria."""
     if skill is None:
         return sum(record["right"][criterion] for criterion in CRITERIA) / len(CRITERIA)
     return record["right"][skill]
@@ -289,7 +298,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_sizes(results: Results) -> Figure:
-    """The gap and the pictures against the students' size."""
+    """The gap and the images against the students' size."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplot_mosaic(
         [["gap", "quality", "semantics"], ["gap", "text", "letters"]], width_ratios=[1.5, 1, 1]
@@ -340,7 +349,7 @@ def draw_curves(results: Results) -> Figure:
 
 
 def draw_rank(results: Results) -> Figure:
-    """Pictures right against the gap, of all students."""
+    """Images right against the gap, of all students."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     every = figure.subplots(1, len(SKILLS), sharey=True)
     for axes, (skill, name) in zip(every, SKILLS.items(), strict=True):
@@ -355,7 +364,7 @@ def draw_rank(results: Results) -> Figure:
         logarithmic(axes, "x", labels=(1,))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3, which="both")
-    every[0].set(ylabel="pictures right")
+    every[0].set(ylabel="images right")
     every[0].legend(loc="center left", fontsize="small")
     return figure
 

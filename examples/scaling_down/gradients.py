@@ -1,10 +1,10 @@
-r"""How much of a batch's gradient is signal, where a student is halfway through `study.py`'s runs.
+r"""Share of signal in a batch's gradient, where a student is halfway through `study.py`'s runs.
 
     python examples/scaling_down/gradients.py --runs runs
 
-Two batches' gradients agree in what all prompts ask for, and differ in the rest. What they share,
-as a part of their squared length, is what an update learns. The rest is noise, by which an
-optimizer that divides by the gradient's own size steps just as far.
+The gradients of two batches agree in what all prompts have in common, and differ in the rest. The
+part that they share, of their squared length, is what an update learns. The rest is noise, by which
+an optimizer that divides by the gradient's own size steps just as far.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from t5slim import SlimT5Encoder
+from t5slim.distill import capture
+from t5slim.distill.objective import EmbeddingLoss, VelocityLoss
+from t5slim.distill.pipeline import frozen
+from t5slim.distill.replay import collate, predict, split_trajectory
+from t5slim.distill.teacher import TeacherEmbeddings, encode_prompts
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from scaling_down.study import SIZES, Group
-from shapes_world.painting import CALL, captions, load_pipeline
+from shapes_world.generation import CALL, captions, load_pipeline
 
-from t5slim import SlimT5Encoder
-from t5slim.distill import EmbeddingLoss, VelocityLoss, capture
-from t5slim.distill.replay import collate, predict, split_walk
-from t5slim.distill.states import frozen
-from t5slim.distill.teacher import PromptTable, encode_prompts
-
-WALKS, BATCHES = 64, 24
-ROWS_OF_BATCH = {"embedding": 16, "velocity": 8}  # as in the study
+TRAJECTORIES, BATCHES = 64, 24
+BATCH_SIZES = {"embedding": 16, "velocity": 8}  # as in the study
 
 
 def main() -> None:
@@ -37,24 +38,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="where the study's students are")
     args = parser.parse_args()
-    pipe, table, rng = load_pipeline(), PromptTable(), random.Random(0)
-    texts = rng.sample(captions(500, held_out=False)[1], WALKS)
-    walks = [
-        split_walk(pipe, capture(pipe, texts[i : i + 16], pipeline_kwargs=CALL, seed=i), table)
-        for i in range(0, WALKS, 16)
-    ]
-    examples = [(call, row) for walk in walks for call in walk for row in range(len(call))]
-    numbers = sorted({number for call, _ in examples for number in call.prompts})
+    pipe, teacher, rng = load_pipeline(), TeacherEmbeddings(), random.Random(0)
+    texts = rng.sample(captions(500, held_out=False)[1], TRAJECTORIES)
+    samples = []
+    for i in range(0, TRAJECTORIES, 16):
+        trajectory = capture(pipe, texts[i : i + 16], pipeline_kwargs=CALL, seed=i)
+        for call in split_trajectory(trajectory, teacher):
+            samples += [(call, place) for place in range(len(call))]
+    prompts = sorted({prompt for call, _ in samples for prompt in call.prompts})
 
-    def of_rows(student: nn.Module) -> Tensor:
-        batch = rng.sample(numbers, ROWS_OF_BATCH["embedding"])
-        target = table.rows(pipe.text_encoder_2, batch, pipe.device)
-        return EmbeddingLoss()(encode_prompts(student, table, batch, pipe.device), target)
+    def of_embeddings(student: nn.Module) -> Tensor:
+        batch = rng.sample(prompts, BATCH_SIZES["embedding"])
+        target = teacher.get(pipe.text_encoder_2, batch, pipe.device)
+        return EmbeddingLoss()(encode_prompts(student, teacher, batch, pipe.device), target)
 
     def of_predictions(student: nn.Module) -> Tensor:
-        call = collate(rng.sample(examples, ROWS_OF_BATCH["velocity"]))
-        rows = encode_prompts(student, table, call.prompts, pipe.device)
-        return VelocityLoss()(predict(pipe, call, rows), call.target)
+        batch = collate(rng.sample(samples, BATCH_SIZES["velocity"]))
+        embeddings = encode_prompts(student, teacher, batch.prompts, pipe.device)
+        return VelocityLoss()(predict(pipe, batch, embeddings), batch.target)
 
     print("| size | embedding | velocity |\n|---|---:|---:|")
     with frozen(pipe, gradient_checkpointing=False):
@@ -63,7 +64,7 @@ def main() -> None:
             if folder.exists():
                 student = SlimT5Encoder.from_pretrained(folder, dtype=torch.float32)
                 student.to(pipe.device)
-                shares = [signal(student, losses) for losses in (of_rows, of_predictions)]
+                shares = [signal(student, losses) for losses in (of_embeddings, of_predictions)]
                 print(f"| {size} | {shares[0]:.1%} | {shares[1]:.1%} |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What the scaling-down study measures of a student: gap, errors by kind of row, pictures."""
+"""Measures of the scaling-down study: gap, errors by kind of token, images."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import t5slim
+from t5slim.distill import VelocityGap
+from t5slim.distill.metrics import GapReport
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shapes_world import judge, world
-from shapes_world.painting import CALL, captions, load_pipeline, paint
+from shapes_world.generation import CALL, captions, generate, load_pipeline
 
-import t5slim
-from t5slim.distill import GapTable, VelocityGap
-
-ROWS = ("visual", "idle", "padding")
+TOKENS = ("visual", "idle", "padding")
 GAP_CAPTIONS = 4  # of each criterion, each with and without an idle sentence
-STEPS = 4  # in which pictures are painted to be judged: the teacher's are right in one already
+STEPS = 4  # of the images that are judged: the teacher's are right after one already
 
 
 class Measure:
@@ -47,48 +48,49 @@ class Measure:
 
     def __call__(self, student: nn.Module) -> dict[str, Any]:
         student.to(self.pipe.device).eval()
-        table = self.gap.table(student)
+        report = self.gap.report(student)
         half = len(self._ids) // 2
         parts: dict[str, Any] = {"alone": slice(half), "with a sentence": slice(half, None)}
         for criterion in world.CRITERIA:
             parts[criterion] = torch.tensor([one == criterion for one in self._criteria])
         return {
-            "gap": table.gap,
-            "gap_of": {name: ratio(table, part) for name, part in parts.items()},
-            # If only these rows are the student's, and all others the teacher's.
-            "gap_of_rows": {kind: self.gap.table(Mixed(self, student, kind)).gap for kind in ROWS},
-            "error_of_rows": self._errors(student),
-            "spread": self.gap.spread(student),
+            "gap": report.gap,
+            "gap_of": {name: gap_of(report, part) for name, part in parts.items()},
+            # If only these embeddings are the student's, and all others the teacher's.
+            "gap_of_tokens": {kind: self.gap(Mixed(self, student, kind)) for kind in TOKENS},
+            "error_of_tokens": self._errors(student),
+            "spread": report.spread,
             "nearest_other": self.gap.nearest_other(student),
             "right": self.right(student),
         }
 
     def right(self, student: nn.Module | None) -> dict[str, float]:
-        """Shares of the pictures that show what the caption says, by criterion; and of letters."""
+        """Shares of the images that show what the caption says, by criterion; and of letters."""
         if student is not None:
             t5slim.patch_pipeline(self.pipe, student, keep_teacher=True)
         try:
-            pictures = paint(self.pipe, self._texts, num_inference_steps=STEPS)
+            images = generate(self.pipe, self._texts, num_inference_steps=STEPS)
         finally:
             if student is not None:
                 t5slim.unpatch_pipeline(self.pipe)
-        return judge.accuracy(self._scenes, pictures)
+        return judge.accuracy(self._scenes, images)
 
     @torch.no_grad()
     def _errors(self, student: nn.Module) -> dict[str, float]:
-        """Squared distance of rows to the teacher's, over that of the teacher's to their mean."""
-        rows, of_teacher = student(self._ids)[0], self.teacher(self._ids)[0]
+        """Squared distance of the embeddings to the teacher's, over that of the teacher's to their
+        mean."""
+        of_student, of_teacher = student(self._ids)[0], self.teacher(self._ids)[0]
         kinds = self.kinds(self._ids)
         around = (of_teacher - of_teacher.mean((0, 1))).square().sum(-1)
-        errors = (rows - of_teacher).square().sum(-1)
+        errors = (of_student - of_teacher).square().sum(-1)
         return {
             kind: (errors[kinds == i].sum() / around[kinds == i].sum()).item()
-            for i, kind in enumerate(ROWS)
+            for i, kind in enumerate(TOKENS)
         }
 
     def kinds(self, input_ids: Tensor) -> Tensor:
-        """(B, T), which of `ROWS` each token is. The sentence without a colour is idle; a full stop
-        is of the one that follows."""
+        """(B, T), the index in `TOKENS` of each token's kind. A sentence without a colour is idle,
+        and a full stop belongs to the sentence after it."""
         kinds = []
         for ids in input_ids.tolist():
             stop = ids.index(self._stop) if self._stop in ids else len(ids)
@@ -103,11 +105,11 @@ class Measure:
 
 
 class Mixed(nn.Module):
-    """An encoder whose rows of one kind are a student's, and the others the teacher's."""
+    """An encoder whose embeddings of one kind are a student's, and all others the teacher's."""
 
     def __init__(self, measure: Measure, student: nn.Module, kind: str) -> None:
         super().__init__()
-        self._measure, self._kind = measure, ROWS.index(kind)
+        self._measure, self._kind = measure, TOKENS.index(kind)
         self.student, self.teacher = student, measure.teacher
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor]:
@@ -115,9 +117,9 @@ class Mixed(nn.Module):
         return (torch.where(of_student, self.student(input_ids)[0], self.teacher(input_ids)[0]),)
 
 
-def ratio(table: GapTable, prompts: Tensor | slice) -> float:
+def gap_of(report: GapReport, prompts: Tensor | slice) -> float:
     """The gap of some of the prompts."""
-    return GapTable(table.distances[prompts], table.denominators[prompts]).gap
+    return GapReport(report.distances[prompts], report.denominators[prompts]).gap
 
 
 @functools.cache

@@ -1,10 +1,10 @@
-r"""The paper's scaling-down study in the miniature world: what a student loses as it shrinks.
+r"""The paper's scaling-down study in the miniature world: the loss of a student as it shrinks.
 
     python examples/scaling_down/study.py --out runs        # goes on where it was stopped
-    python examples/scaling_down/figures.py --results runs/results.jsonl --out docs
+    python examples/scaling_down/figures.py --results runs/results.jsonl --out runs
 
-Students of five sizes learn from the teacher's rows (naive embedding matching), from what the
-denoiser makes of them (velocity matching), or from the one and then the other; each from three
+Students of five sizes learn from the teacher's embeddings (naive embedding matching), from the
+denoiser's predictions (velocity matching), or from the one and then the other; each from three
 seeds. Half of an embedding run is the start of both its own second half and of one of velocity,
 which takes about as many seconds: these two differ in nothing else. Where velocity takes more, a
 longer second half takes as many and more. Velocity alone takes one such half. Then the data:
@@ -38,15 +38,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from distill_shapes import fresh_student, passes, settings
-from scaling_down.measuring import ROWS, Measure, measure_of_this_process
-from shapes_world import world
-from shapes_world.painting import CALL, captions
-
-import t5slim
 from t5slim.distill import DistillConfig, DistillResult, cache_teacher, cached_teacher, train
-from t5slim.files import write_whole
+from t5slim.hub import write_atomic
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from contextless.contextless import ContextlessEncoder
+from scaling_down.measuring import TOKENS, Measure, measure_of_this_process
+from shapes_world import world
+from shapes_world.generation import CALL, captions
+from shapes_world.students import denoiser_passes, fresh_student, settings
 
 # Parts of the teacher's 5.5 million parameters; of the smallest, two thirds are the projection.
 SIZES: dict[str, dict[str, int]] = {
@@ -79,21 +79,21 @@ class Group:
         seed: of its first weights, and of all that is drawn in training.
         kind: of its captions, a criterion; or "all".
         chatter: share of the captions that have an idle sentence beside them.
-        rows: that embeddings are matched in: "all", or some of `ROWS` with "+" between.
-        objectives: what the students learn from, after the same start.
+        tokens: whose embeddings are matched: "all", or some of `TOKENS` with "+" between.
+        objectives: of the students, after the same start.
     """
 
     size: str
     seed: int
     kind: str = "all"
     chatter: float = 0.5
-    rows: str = "all"
+    tokens: str = "all"
     objectives: tuple[str, ...] = tuple(OBJECTIVES)
 
     @property
     def name(self) -> str:
         name = f"{self.size.replace('/', '-')}-{self.kind}-{self.chatter:g}-{self.seed}"
-        return name if self.rows == "all" else f"{name}-{self.rows}"
+        return name if self.tokens == "all" else f"{name}-{self.tokens}"
 
     def prompts(self, count: int) -> list[str]:
         """`count` captions of each criterion in it."""
@@ -116,7 +116,7 @@ def groups(seeds: Sequence[int] = SEEDS) -> list[Group]:
         found += [Group(MIDDLE, seed, kind, objectives=after[1:]) for kind in world.CRITERIA]
         smallest = functools.partial(Group, SMALLEST, seed, objectives=after)
         found += [smallest(chatter=share) for share in (0.0, 1.0)]
-        found += [smallest(rows=rows) for rows in ("visual+idle", "visual")]
+        found += [smallest(tokens=tokens) for tokens in ("visual+idle", "visual")]
     return found
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--embedding", type=int, default=4800, help="updates of half a run")
     parser.add_argument("--velocity", type=int, default=600, help="updates of half a run")
     parser.add_argument("--captions", type=int, default=2000, help="to train on, of each criterion")
-    parser.add_argument("--count", type=int, default=40, help="judged pictures of each criterion")
+    parser.add_argument("--count", type=int, default=40, help="judged images of each criterion")
     args = parser.parse_args()
     wanted = [
         group
@@ -167,19 +167,19 @@ def main() -> None:
 def append(path: Path, records: list[dict[str, Any]]) -> None:
     """All of a group, or nothing of it."""
     before = path.read_bytes() if path.exists() else b""
-    write_whole(path, before + "".join(json.dumps(one) + "\n" for one in records).encode())
+    write_atomic(path, before + "".join(json.dumps(one) + "\n" for one in records).encode())
 
 
 @dataclass(frozen=True)
 class Study:
-    """How much of everything; it is sent to the processes.
+    """Amounts of everything; sent to the processes.
 
     Attributes:
-        folder: for the runs, and the teacher's rows.
+        folder: for the runs, and the teacher's embeddings.
         embedding: updates of half an embedding run.
         velocity: updates of half a run of velocity.
         captions: to train on, of each criterion.
-        count: pictures to judge, of each criterion.
+        count: images to judge, of each criterion.
     """
 
     folder: Path
@@ -189,18 +189,19 @@ class Study:
     count: int
 
     def controls(self) -> list[dict[str, Any]]:
-        """The teacher, and the table without context. The teacher's rows are kept for all runs."""
+        """The teacher, and the table without context. Caches the teacher's embeddings for all
+        runs."""
         measure = measure_of_this_process(self.count)
         pipe = measure.pipe
         texts = {text for group in groups() for text in group.prompts(self.captions)}
         texts |= {*measure.gap.prompts, *held_out()}
-        cache_teacher(pipe, sorted(texts), self._rows, pipeline_kwargs=CALL)
+        cache_teacher(pipe, sorted(texts), self._cache, pipeline_kwargs=CALL)
         prompts = Group(MIDDLE, 0).prompts(self.captions)
-        table = t5slim.ContextlessEncoder.from_teacher(pipe, prompts, pipeline_kwargs=CALL)
+        table = ContextlessEncoder.from_teacher(pipe, prompts, pipeline_kwargs=CALL)
         numbers = sum(tensor.numel() for tensor in pipe.text_encoder_2.parameters())
         teacher = {"objective": "teacher", "parameters": numbers, "right": measure.right(None)}
         # Most of the vocabulary is in no caption; what isn't has the mean of all.
-        known = table.entries.weight.unique(dim=0).numel() + table.places.weight.numel()
+        known = table.entries.weight.unique(dim=0).numel() + table.positions.weight.numel()
         control = {"objective": "contextless", "parameters": known} | measure(table)
         return [{"group": CONTROLS} | one for one in (teacher, control)]
 
@@ -212,7 +213,7 @@ class Study:
         for size in tqdm(SIZES, "seconds of an update", unit="size"):
             record: dict[str, Any] = {"group": COSTS, "device": device_name(pipe), "size": size}
             for term, updates in {"embedding": self.embedding, "velocity": self.velocity}.items():
-                # Of the second half: the first reads the teacher's rows, and a GPU its kernels.
+                # Of the second half: the first reads the teacher's cache, and a GPU its kernels.
                 steps = -(-updates // 30)
                 config = self._config(term, max_steps=2 * steps, eval_every=steps)
                 student, prompts = fresh_student(**SIZES[size]), held_out()[:1]
@@ -223,7 +224,7 @@ class Study:
         return found
 
     def records(self, group: Group) -> list[dict[str, Any]]:
-        """What each student of a group came to."""
+        """The results of each student of a group."""
         measure = measure_of_this_process(self.count)
         found = []
         for objective in group.objectives:
@@ -256,8 +257,9 @@ class Study:
             )
             name = "-then-".join(OBJECTIVES[objective][: len(halves) + 1]).replace(" ", "-")
             folder = self.folder / group.name / name
-            asked = ROWS if term == "velocity" or group.rows == "all" else group.rows.split("+")
-            with learning_rows(student, asked, measure.kinds):
+            matched = group.tokens.split("+") if group.tokens != "all" else TOKENS
+            learned = TOKENS if term == "velocity" else matched
+            with learning_only(student, learned, measure.kinds):
                 halves.append(
                     self._train(
                         measure.pipe, student, group, config,
@@ -281,26 +283,28 @@ class Study:
         self, pipe: Any, student: nn.Module, group: Group, config: DistillConfig, **options: Any
     ) -> DistillResult:
         prompts = group.prompts(self.captions)
-        with cached_teacher(pipe, self._rows):
+        with cached_teacher(pipe, self._cache):
             return train(pipe, student, prompts, config, pipeline_kwargs=CALL, **options)
 
     @property
-    def _rows(self) -> Path:
-        return self.folder / "teacher-rows"
+    def _cache(self) -> Path:
+        return self.folder / "teacher-embeddings"
 
 
 @contextmanager
-def learning_rows(
-    student: nn.Module, asked: Sequence[str], kinds: Callable[[Tensor], Tensor]
+def learning_only(
+    student: nn.Module, learned: Sequence[str], kinds: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Within, a student learns nothing from its rows of other kinds; what they are is the same."""
+    """Within, a student learns nothing from its embeddings of other tokens; they are the same."""
 
     def without_gradient(_: nn.Module, args: tuple[Tensor], output: BaseModelOutput) -> None:
-        rows, wanted = output.last_hidden_state, [ROWS.index(kind) for kind in asked]
-        of_kind = torch.isin(kinds(args[0]), torch.tensor(wanted, device=rows.device))
-        output.last_hidden_state = torch.where(of_kind[..., None], rows, rows.detach())
+        embeddings, wanted = output.last_hidden_state, [TOKENS.index(kind) for kind in learned]
+        of_kind = torch.isin(kinds(args[0]), torch.tensor(wanted, device=embeddings.device))[
+            ..., None
+        ]
+        output.last_hidden_state = torch.where(of_kind, embeddings, embeddings.detach())
 
-    hook = student.register_forward_hook(without_gradient) if set(asked) != set(ROWS) else None
+    hook = student.register_forward_hook(without_gradient) if set(learned) != set(TOKENS) else None
     try:
         yield
     finally:
@@ -316,7 +320,7 @@ def device_name(pipe: Any) -> str:
 
 
 def held_out() -> list[str]:
-    """What the gap is measured on while a student learns."""
+    """Prompts that the gap is measured on while a student learns."""
     return captions(3, held_out=True, seed=1)[1]
 
 
@@ -325,7 +329,7 @@ def curve(halves: Sequence[DistillResult]) -> list[dict[str, float]]:
     points, before = [], {"updates": 0, "passes": 0}
     for half in halves:
         for entry in half.history:
-            costs = {"updates": entry["step"], "passes": passes(entry)}
+            costs = {"updates": entry["step"], "passes": denoiser_passes(entry)}
             point = {key: before[key] + cost for key, cost in costs.items()}
             points.append(point | {"gap": entry["velocity_gap"]})
         before = {key: points[-1][key] for key in before}

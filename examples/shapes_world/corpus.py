@@ -1,6 +1,6 @@
 """Text for the miniature world's language model: English that lies on every machine, and captions.
 
-Most of it is not about pictures: sentences of the documentation in Python's standard library and in
+Most of it is not about images: sentences of the documentation in Python's standard library and in
 installed packages. The rest are captions of the world, half of them said a second time in other
 words (`world.restate`).
 """

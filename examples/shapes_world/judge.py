@@ -1,9 +1,9 @@
-"""Reads a picture of the miniature world back into the `Scene` that it shows, by analysis through
-synthesis.
+"""Judge: reads an image of the miniature world back into the `Scene` that it shows, by analysis
+through synthesis.
 
 For every layout, the best object (or letter) is looked for at each of its places among rendered
 templates, moved by up to `SHIFT` pixels; the layout whose best scene leaves the smallest squared
-error in the whole picture is the answer. No network, no threshold, and no look at the caption:
+error in the whole image is the result. No network, no threshold, and no look at the caption:
 `accuracy` compares scenes only at the end.
 """
 
@@ -36,13 +36,11 @@ _COLOR_VALUES = np.array(list(COLORS.values()), np.float32)
 _BACKGROUND_VALUES = np.array(list(BACKGROUNDS.values()), np.float32)
 
 
-def read(picture: np.ndarray) -> Scene:
-    """The scene that a picture shows. `picture`: (64, 64, 3) uint8 RGB."""
-    if picture.shape != (SIDE, SIDE, 3) or picture.dtype != np.uint8:
-        raise ValueError(
-            f"expected a (64, 64, 3) uint8 picture, got {picture.shape} {picture.dtype}"
-        )
-    pixels = picture.astype(np.float32)
+def read(image: np.ndarray) -> Scene:
+    """The scene that an image shows. `image`: (64, 64, 3) uint8 RGB."""
+    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"expected a (64, 64, 3) uint8 image, got {image.shape} {image.dtype}")
+    pixels = image.astype(np.float32)
     # Objects leave most of the border free in every layout, so the median of the border is the
     # background.
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -57,10 +55,10 @@ def read(picture: np.ndarray) -> Scene:
     return best_scene
 
 
-def accuracy(scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> dict[str, float]:
-    """Share of the pictures that show their scene whole, for each criterion; for text also the
+def accuracy(scenes: Sequence[Scene], images: Sequence[np.ndarray]) -> dict[str, float]:
+    """Share of the images that show their scene whole, for each criterion; for text also the
     share of right letters."""
-    seen = [read(picture) for picture in pictures]
+    seen = [read(image) for image in images]
     result = {}
     for criterion in CRITERIA:
         pairs = [
@@ -81,7 +79,7 @@ def accuracy(scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> dict[st
 
 
 def _explain(rest: np.ndarray, background: int, layout: str) -> tuple[float, Scene]:
-    """The best scene of one layout, and the squared error that it explains. `rest`: picture minus
+    """The best scene of one layout, and the squared error that it explains. `rest`: image minus
     background."""
     name = list(BACKGROUNDS)[background]
     contrast = _COLOR_VALUES - _BACKGROUND_VALUES[background]  # (colors, 3)
@@ -112,7 +110,7 @@ def _explain(rest: np.ndarray, background: int, layout: str) -> tuple[float, Sce
 
 
 def _gain(window: np.ndarray, templates: np.ndarray, contrast: np.ndarray) -> np.ndarray:
-    """How much squared error each template in each colour takes from a window: (templates, colors).
+    """Squared error that each template in each colour takes from a window: (templates, colors).
 
     |r|^2 - |r - m c|^2 = 2 c.(m r) - |m|^2 |c|^2 for the rest r, mask m and colour contrast c.
     """
@@ -130,7 +128,7 @@ def _window(layout: str) -> int:
 def _thing_templates(
     layout: str,
 ) -> tuple[list[tuple[str, str, str]], dict[tuple[int, int], np.ndarray]]:
-    """What can stand in a layout, and per window centre its masks, every shift of the first kind
+    """Kinds of objects of a layout, and per window centre their masks, all shifts of the first kind
     first."""
     sizes = {"one": ("small", "large"), "row": ("row",), "column": ("row",)}.get(layout, ("pair",))
     styles = STYLES if layout == "one" else STYLES[:1]
@@ -140,7 +138,7 @@ def _thing_templates(
         cx, cy = (
             min(max(x, half), SIDE - half),
             min(max(y, half), SIDE - half),
-        )  # windows stay inside the picture
+        )  # windows stay inside the image
         shifts = [(dy, dx) for dy in range(-SHIFT, SHIFT + 1) for dx in range(-SHIFT, SHIFT + 1)]
         templates[cx, cy] = np.stack(
             [

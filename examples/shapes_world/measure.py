@@ -1,4 +1,4 @@
-"""How well a miniature pipeline paints held-out captions, with and without an idle sentence.
+"""Accuracy of a miniature pipeline on held-out captions, with and without an idle sentence.
 
 python examples/shapes_world/measure.py --count 500
 python examples/shapes_world/measure.py --count 500 --student examples/shapes_world/student
@@ -15,14 +15,14 @@ import t5slim
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shapes_world import judge, world
-from shapes_world.painting import PIPELINE, captions, load_pipeline, paint
+from shapes_world.generation import PIPELINE, captions, generate, load_pipeline
 
 
 def main() -> None:
-    """Paint the same scenes from the same noise twice, and let the judge read them."""
+    """Generate the same scenes from the same noise twice, and let the judge read them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
-    parser.add_argument("--student", help="a folder or Hub id; without it, the teacher paints")
+    parser.add_argument("--student", help="a folder or Hub id; default: the teacher")
     parser.add_argument("--count", type=int, default=300, help="captions of each criterion")
     parser.add_argument(
         "--max-sequence-length", type=int, default=world.MAX_TOKENS, help="of T5: text and padding"
@@ -34,8 +34,8 @@ def main() -> None:
     results = {}
     for name, chatter in (("caption alone", 0.0), ("with a sentence", 1.0)):
         scenes, texts = captions(args.count, held_out=True, chatter=chatter)
-        pictures = paint(pipe, texts, max_sequence_length=args.max_sequence_length)
-        results[name] = judge.accuracy(scenes, pictures)
+        images = generate(pipe, texts, max_sequence_length=args.max_sequence_length)
+        results[name] = judge.accuracy(scenes, images)
     print(" " * 12 + "".join(f"{name:>18}" for name in results))
     for key in next(iter(results.values())):
         print(f"{key:<12}" + "".join(f"{result[key]:>18.1%}" for result in results.values()))

@@ -4,15 +4,15 @@ to be.
     python examples/shapes_world/train.py --compile    # everything; continues where it stopped
 
     # or its first half twice as fast, in two shells
-    python examples/shapes_world/train.py --compile --threads 1 --stage pictures
+    python examples/shapes_world/train.py --compile --threads 1 --stage images
     python examples/shapes_world/train.py --compile --threads 1 --stage language-model
 
     # the pretrained T5 that a student can start from, for the finished pipeline
     python examples/shapes_world/train.py --threads 1 --stage small-t5
 
-An autoencoder of pictures. The teacher T5, which learns language, never sees a picture, and is
-frozen from then on. The pooled vector's encoder, contrastively, as CLIP. The denoiser: rectified
-flow on latents, conditioned on what the frozen T5 says. As FLUX.1-schnell, it takes no guidance.
+An autoencoder of images. The teacher T5, which learns language, never sees an image, and is frozen
+from then on. The pooled vector's encoder, contrastively, as CLIP. The denoiser: rectified
+flow on latents, conditioned on what the frozen T5 says. Like FLUX.1-schnell, it takes no guidance.
 
 Every stage is a function of its step numbers alone (data and noise are seeded by them), so a stage
 that was stopped continues as if it had not been.
@@ -55,14 +55,14 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shapes_world import corpus, judge, world
-from shapes_world.painting import BF16, PIPELINE, SMALL_T5, captions, paint
+from shapes_world.generation import BF16, PIPELINE, SMALL_T5, captions, generate
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILE = False
 STEPS = {"vae": 2400, "language-model": 3000, "small-t5": 2000, "clip": 200, "denoiser": 7000}
 CAPTIONS = (
-    67_200  # training captions whose T5 rows and latents are computed once and kept in memory
+    67_200  # training captions whose T5 embeddings and latents are computed once and kept in memory
 )
 Data = dict[str, Tensor]
 
@@ -151,10 +151,10 @@ def fit(
     warm_up: int = 200,
 ) -> nn.Module:
     """AdamW in bf16 autocast, where that is fast, with warm-up and a linear decay over the last
-    quarter; returns `module` (its average).
+    quarter; returns `module` with its EMA weights.
 
-    Continues from `work/name.safetensors`; `look` describes the (averaged) module after every
-    `every` steps.
+    Continues from `work/name.safetensors`; every `every` steps, `look`
+    describes the module with its EMA weights.
     """
     path, log = work / f"{name}.safetensors", work / f"{name}.jsonl"
     module.to(DEVICE).train()
@@ -226,7 +226,7 @@ def fit(
             if look:
                 with (
                     torch.no_grad(),
-                    Averaged(params, state),
+                    EmaWeights(params, state),
                     torch.compiler.set_stance("force_eager"),
                 ):
                     line["seen"] = look(module)
@@ -239,8 +239,8 @@ def fit(
     return module.eval().requires_grad_(False)
 
 
-class Averaged:
-    """Puts the averaged weights into the parameters for a while."""
+class EmaWeights:
+    """Puts the EMA weights into the parameters for a while."""
 
     def __init__(self, params: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
         self.params, self.state = params, state
@@ -259,16 +259,16 @@ class Averaged:
 
 
 def train_vae(work: Path, steps: int) -> AutoencoderKL:
-    """L1 + MSE + a small KL on freshly drawn pictures; then latents are scaled to unit variance, as
+    """L1 + MSE + a small KL on freshly drawn images; then latents are scaled to unit variance, as
     FLUX's are."""
     vae = make_vae().to(memory_format=torch.channels_last)
 
     def loss_of_step(step: int) -> Tensor:
-        pictures = to_tensor([world.draw(s, rng) for s, rng in scenes(step, 32)]).to(
+        images = to_tensor([world.draw(s, rng) for s, rng in scenes(step, 32)]).to(
             memory_format=torch.channels_last
         )
-        posterior = vae.encode(pictures).latent_dist
-        error = vae.decode(posterior.sample()).sample.float() - pictures
+        posterior = vae.encode(images).latent_dist
+        error = vae.decode(posterior.sample()).sample.float() - images
         return error.abs().mean() + 4 * error.square().mean() + 1e-6 * posterior.kl().mean()
 
     def look(_: nn.Module) -> str:
@@ -277,7 +277,7 @@ def train_vae(work: Path, steps: int) -> AutoencoderKL:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
             back = vae.decode(vae.encode(to_tensor(shown)).latent_dist.mode()).sample.float()
         psnr = 10 * math.log10(4 / float((back - to_tensor(shown)).square().mean()))
-        read = judge.accuracy([scene for scene, _ in pairs], to_pictures(back))
+        read = judge.accuracy([scene for scene, _ in pairs], to_images(back))
         return f"{psnr:.1f} dB, judge {read}"
 
     fit("vae", vae, loss_of_step, work, steps, lr=2e-3, ema_decay=0.99, every=250, look=look)
@@ -301,9 +301,9 @@ def train_language_model(
     """Says a text in which words are masked again as it was, encoder and decoder, as T5 and BART.
 
     Without an attention mask over the padding, which is how FLUX calls its T5. An encoder alone,
-    that fills in masked words, is no teacher: its rows say what could stand there, not what does
-    (of the energy of a letter's row, 0.1% told the letter). A decoder must find each word, and its
-    place, in the rows.
+    that fills in masked words, is no teacher: its embeddings say what could stand there, not what
+    does (of the energy of a letter's embedding, 0.1% told the letter). A decoder must find each
+    word, and its place, in the embeddings.
     """
     model, sentences, width = make_language_model(sizes), documentation(work), 48
     mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
@@ -332,34 +332,34 @@ def train_language_model(
     return teacher.eval().requires_grad_(False)
 
 
-def encode_pictures(
+def encode_images(
     work: Path, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, count: int = CAPTIONS
 ) -> Data:
     """Draws, describes and encodes `count` scenes, once: every epoch sees the same ones."""
 
     def encode() -> Iterator[Data]:
-        for seed in tqdm(range(count // 480), "encoding pictures"):
+        for seed in tqdm(range(count // 480), "encoding images"):
             pairs = list(scenes(10**6 + seed, 480))
-            pictures = to_tensor([world.draw(scene, rng) for scene, rng in pairs])
+            images = to_tensor([world.draw(scene, rng) for scene, rng in pairs])
             texts = [world.describe(scene, rng) for scene, rng in pairs]
             with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
-                latents = vae.encode(pictures).latent_dist.mode().float()
+                latents = vae.encode(images).latent_dist.mode().float()
             latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
             packed = FluxPipeline._pack_latents(latents, len(pairs), 16, 8, 8)
             yield {"latents": packed.bfloat16().cpu(), "ids": tokenize(tokenizer, texts).cpu()}
 
-    return cached(work / "pictures.safetensors", encode)
+    return cached(work / "images.safetensors", encode)
 
 
 def encode_texts(work: Path, teacher: T5EncoderModel, ids: Tensor) -> Data:
-    """The frozen teacher's rows for the captions: (N, 32, 256)."""
+    """The frozen teacher's embeddings for the captions: (N, 32, 256)."""
 
     def encode() -> Iterator[Data]:
         for batch in tqdm(ids.split(480), "encoding captions"):
             with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
-                yield {"rows": teacher(batch.to(DEVICE)).last_hidden_state.bfloat16().cpu()}
+                yield {"embeddings": teacher(batch.to(DEVICE)).last_hidden_state.bfloat16().cpu()}
 
-    return cached(work / "rows.safetensors", encode)
+    return cached(work / "embeddings.safetensors", encode)
 
 
 def cached(path: Path, batches: Callable[[], Iterator[Data]]) -> Data:
@@ -378,14 +378,14 @@ def train_clip(
     """A small CLIP: captions against latents, contrastively; only its `text` half goes into the
     pipeline."""
     width = text.config.projection_dim
-    picture = nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, width))
-    both = nn.ModuleDict({"text": text, "picture": picture})
+    image = nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, width))
+    both = nn.ModuleDict({"text": text, "image": image})
 
     def loss_of_step(step: int) -> Tensor:
         pick = torch.randint(len(data["ids"]), (192,))
         texts = pooled_vectors(text, data["ids"][pick].to(DEVICE))
-        pictures = both["picture"](data["latents"][pick].to(DEVICE).float().flatten(1))
-        logits = F.normalize(texts.float(), dim=-1) @ F.normalize(pictures.float(), dim=-1).T / 0.1
+        images = both["image"](data["latents"][pick].to(DEVICE).float().flatten(1))
+        logits = F.normalize(texts.float(), dim=-1) @ F.normalize(images.float(), dim=-1).T / 0.1
         target = torch.arange(len(pick), device=DEVICE)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -397,20 +397,22 @@ def train_denoiser(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> No
     """Rectified flow: v = noise - latents at x_t = (1 - t) latents + t noise, with t logit-normal
     (as SD3 and FLUX)."""
     denoiser = pipe.transformer
-    whiten(denoiser.context_embedder, data["rows"][:4000].float().flatten(0, 1))
+    whiten(denoiser.context_embedder, data["embeddings"][:4000].float().flatten(0, 1))
     empty = encode_prompts(pipe, [""])
 
     def loss_of_step(step: int) -> Tensor:
         pick, x, noise, t = noisy_batch(data, 64)
-        rows = data["rows"][pick].to(DEVICE)
+        embeddings = data["embeddings"][pick].to(DEVICE)
         with torch.no_grad():
             pooled = pooled_vectors(pipe.text_encoder, data["ids"][pick].to(DEVICE)).float()
         # Without a caption one time in ten, so that the empty prompt means something;
         # without the pooled vector more often, as SD3 trains its text encoders, so that T5 must be
         # read.
-        rows = torch.where(torch.rand(64, 1, 1, device=DEVICE) < 0.1, empty[0].to(rows), rows)
+        embeddings = torch.where(
+            torch.rand(64, 1, 1, device=DEVICE) < 0.1, empty[0].to(embeddings), embeddings
+        )
         pooled = pooled * (torch.rand(64, 1, device=DEVICE) > 0.3)
-        velocity = denoise(denoiser, torch.lerp(x, noise, t[:, None, None]), t, rows, pooled)
+        velocity = denoise(denoiser, torch.lerp(x, noise, t[:, None, None]), t, embeddings, pooled)
         return (velocity - (noise - x)).square().mean()
 
     fit(
@@ -421,18 +423,18 @@ def train_denoiser(work: Path, steps: int, pipe: FluxPipeline, data: Data) -> No
         steps,
         1e-3,
         0.999,
-        look=lambda _: paint_and_judge(pipe),
+        look=lambda _: generate_and_judge(pipe),
     )
 
 
-def whiten(embedder: nn.Linear, rows: Tensor) -> None:
-    """Starts the denoiser's first text layer as a whitening of T5's rows.
+def whiten(embedder: nn.Linear, embeddings: Tensor) -> None:
+    """Starts the denoiser's first text layer as a whitening of T5's embeddings.
 
-    The variances of a language model's rows differ by thousands from direction to direction, and
-    what tells words and their places apart need not be where they are large.
+    The variances of a language model's embeddings differ by thousands from direction to direction,
+    and what tells words and their places apart need not be where they are large.
     """
     width = embedder.out_features
-    mean, (variances, directions) = rows.mean(0), torch.linalg.eigh(torch.cov(rows.T))
+    mean, (variances, directions) = embeddings.mean(0), torch.linalg.eigh(torch.cov(embeddings.T))
     variances, directions = variances[-width:], directions[:, -width:]
     rotation = torch.linalg.qr(
         torch.randn(width, width, generator=torch.Generator().manual_seed(0))
@@ -450,13 +452,25 @@ def export(pipe: FluxPipeline, out: Path) -> None:
     pipe.save_pretrained(out)
 
 
+def eight_bit(model: nn.Module) -> None:
+    """Rounds the matrices of a model in half precision to float8_e4m3fn, half the size as a file.
+    `from_pretrained` makes them float32 again.
+
+    The layers that write the output stay as they are: of SD3's denoiser and of the ControlNet, the
+    velocity notices their rounding more than that of any other, and they are small.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and not name.startswith(("proj_out", "controlnet_blocks")):
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+
+
 # --- what the stages share --------------------------------------------------
 
 
 def noisy_batch(
     data: Data, size: int, shares: tuple[float, ...] = (0.15, 0.4, 0.45)
 ) -> tuple[Tensor, ...]:
-    """Which captions (B,), their latents (B, 16, 64), noise, and times (B,). `shares`: of the
+    """Indices of captions (B,), their latents (B, 16, 64), noise, and times (B,). `shares`: of the
     criteria."""
     # The captions' criteria take turns. Text is the hardest, and single objects are soon learned.
     criterion = torch.multinomial(torch.tensor(shares), size, replacement=True)
@@ -468,20 +482,22 @@ def noisy_batch(
 
 
 def pooled_vectors(clip: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What the denoiser takes of a CLIP: (B, width), projected where the CLIP has a projection."""
+    """A CLIP's pooled vectors for the denoiser: (B, width), projected if it has a projection."""
     output = clip(ids)
     return output["text_embeds"] if "text_embeds" in output else output["pooler_output"]
 
 
-def denoise(denoiser: nn.Module, x_t: Tensor, t: Tensor, rows: Tensor, pooled: Tensor) -> Tensor:
+def denoise(
+    denoiser: nn.Module, x_t: Tensor, t: Tensor, embeddings: Tensor, pooled: Tensor
+) -> Tensor:
     """The denoiser's velocity in float32, called as FluxPipeline calls it. x_t: (B, 16, 64)."""
     img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, x_t.device, torch.float32)
     return denoiser(
         hidden_states=x_t,
         timestep=t,
         pooled_projections=pooled,
-        encoder_hidden_states=rows,
-        txt_ids=torch.zeros(rows.shape[1], 3, device=x_t.device),
+        encoder_hidden_states=embeddings,
+        txt_ids=torch.zeros(embeddings.shape[1], 3, device=x_t.device),
         img_ids=img_ids,
         return_dict=False,
     )[0].float()
@@ -489,16 +505,16 @@ def denoise(denoiser: nn.Module, x_t: Tensor, t: Tensor, rows: Tensor, pooled: T
 
 def encode_prompts(pipe: FluxPipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        rows, pooled, _ = pipe.encode_prompt(
+        embeddings, pooled, _ = pipe.encode_prompt(
             prompts, None, device=DEVICE, max_sequence_length=world.MAX_TOKENS
         )
-    return rows, pooled
+    return embeddings, pooled
 
 
-def paint_and_judge(pipe: DiffusionPipeline, count: int = 50) -> str:
+def generate_and_judge(pipe: DiffusionPipeline, count: int = 50) -> str:
     """Accuracy on `count` held-out captions of each criterion."""
     scenes, texts = captions(count, held_out=True)
-    return str(judge.accuracy(scenes, paint(pipe, texts)))
+    return str(judge.accuracy(scenes, generate(pipe, texts)))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
@@ -511,12 +527,12 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     ).input_ids.to(DEVICE)
 
 
-def to_tensor(pictures: list[np.ndarray]) -> Tensor:
-    """(B, 64, 64, 3) uint8 pictures as (B, 3, 64, 64) float32 in -1..1."""
-    return torch.from_numpy(np.stack(pictures)).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_tensor(images: list[np.ndarray]) -> Tensor:
+    """(B, 64, 64, 3) uint8 images as (B, 3, 64, 64) float32 in -1..1."""
+    return torch.from_numpy(np.stack(images)).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_pictures(tensor: Tensor) -> list[np.ndarray]:
+def to_images(tensor: Tensor) -> list[np.ndarray]:
     return list(
         ((tensor.float().cpu() + 1) * 127.5)
         .round()
@@ -560,7 +576,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument(
         "--stage",
-        choices=("pictures", "language-model", "small-t5"),
+        choices=("images", "language-model", "small-t5"),
         help="only this stage (the first two can run side by side)",
     )
     parser.add_argument("--denoiser-steps", type=int, default=STEPS["denoiser"])
@@ -581,16 +597,16 @@ def main() -> None:
     tokenizer = tokenizer_of(args.work)
     if args.stage != "language-model":
         vae = train_vae(args.work, STEPS["vae"])
-        data = encode_pictures(args.work, vae, tokenizer)
+        data = encode_images(args.work, vae, tokenizer)
         clip = train_clip(args.work, STEPS["clip"], data, make_clip())
-    if args.stage != "pictures":
+    if args.stage != "images":
         teacher = train_language_model(args.work, STEPS["language-model"], tokenizer)
     if args.stage:
         return
     data |= encode_texts(args.work, teacher, data["ids"])
     denoiser = make_denoiser().to(DEVICE)
     if DEVICE == "cpu":
-        # With rows as short as these, the backward pass of the fused kernel was 43% of a step.
+        # With so few tokens, the backward pass of the fused kernel was 43% of a step.
         denoiser.set_attention_backend("_native_math")
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # speaks for CPUs, too
     scheduler = FlowMatchEulerDiscreteScheduler()

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shapes_world import corpus, train, world
-from shapes_world.painting import SD3, SD3_CLIP_TOKENS, load_pipeline, shared_parts
+from shapes_world.generation import SD3, SD3_CLIP_TOKENS, load_pipeline, shared_parts
 from shapes_world.train import DEVICE, Data
 
 CAPTIONS = 12_000  # of training, as `train.CAPTIONS`
@@ -36,7 +36,7 @@ STEPS = {"clip": 200, "denoiser": 2000}
 
 
 def make_clip(width: int, seed: int) -> CLIPTextModelWithProjection:
-    """Weak, as `train.make_clip`; of two layers, as SD3 reads the rows of the last but one."""
+    """Weak, as `train.make_clip`; of two layers, as SD3 reads the last but one."""
     torch.manual_seed(seed)
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
@@ -56,10 +56,10 @@ def make_clip(width: int, seed: int) -> CLIPTextModelWithProjection:
 
 def make_denoiser(flux: FluxTransformer2DModel) -> SD3Transformer2DModel:
     """SD3's blocks with the weights of FLUX's: the double blocks as they are, single blocks twice,
-    for the text and for the picture.
+    for the text and for the image.
 
     The first single block, which FLUX misses least, is left out. Two differences are left to
-    training, the first a large one: SD3 adds places to the picture where FLUX rotates queries and
+    training, the first a large one: SD3 adds places to the image where FLUX rotates queries and
     keys, and its feed-forward layers follow attention where a single block has both side by side.
     """
     width = flux.inner_dim
@@ -126,42 +126,48 @@ def train_denoiser(
     work: Path, steps: int, pipe: StableDiffusion3Pipeline, data: Data, flux: FluxPipeline
 ) -> None:
     """Learns FLUX's velocities at x_t = (1 - t) latents + t noise: what rectified flow comes to,
-    without the noise of its target (noise - latents). And what its blocks make of the picture, plus
+    without the noise of its target (noise - latents). And what its blocks make of the image, plus
     the places that SD3 adds."""
     denoiser, size, tokens = pipe.transformer, 16, SD3_CLIP_TOKENS
     blocks = [*flux.transformer.transformer_blocks, *flux.transformer.single_transformer_blocks[1:]]
-    wanted, states = picture_states(blocks), picture_states(denoiser.transformer_blocks)
+    wanted, states = image_states(blocks), image_states(denoiser.transformer_blocks)
     places = denoiser.pos_embed.pos_embed
-    empty_rows, empty_pooled = encode_prompts(pipe, [""])
+    empty_embeddings, empty_pooled = encode_prompts(pipe, [""])
     widths = torch.tensor(CLIP_WIDTHS, device=DEVICE)
     seldom = torch.tensor([0.46, 0.46, 0.1], device=DEVICE)
 
     def loss_of_step(step: int) -> Tensor:
         pick, x, noise, t = train.noisy_batch(data, size, (0.4, 0.3, 0.3))
         x_t = torch.lerp(x, noise, t[:, None, None])
-        t5_rows = data["rows"][pick].to(DEVICE).float()
+        t5_embeddings = data["embeddings"][pick].to(DEVICE).float()
         # Without any text one time in ten, which is what classifier-free guidance starts from. The
         # encoders are left out singly, too, as SD3 does: a CLIP nearly every second time, so that
         # T5 must be read.
         text = torch.rand(size, 1, device=DEVICE) > 0.1
         keep = (torch.rand(size, 3, device=DEVICE) > seldom) & text
         with torch.no_grad():
-            rows, pooled = clip_states(pipe, data["clip_ids"][pick].to(DEVICE))
+            embeddings, pooled = clip_states(pipe, data["clip_ids"][pick].to(DEVICE))
             target = train.denoise(
                 flux.transformer,
                 x_t,
                 t,
-                torch.where(text[..., None], t5_rows, empty_rows[:, tokens:]),
+                torch.where(text[..., None], t5_embeddings, empty_embeddings[:, tokens:]),
                 train.pooled_vectors(flux.text_encoder, data["ids"][pick].to(DEVICE)) * text,
             )
         keep_pooled = keep[:, :2].repeat_interleave(widths, 1)
         pooled = torch.where(keep_pooled, pooled, empty_pooled)
-        keep_rows = nn.functional.pad(keep_pooled, (0, 256 - sum(CLIP_WIDTHS)))[:, None]
-        rows = torch.where(keep_rows, rows, empty_rows[:, :tokens])
-        t5_rows = torch.where(keep[:, 2, None, None], t5_rows, empty_rows[:, tokens:])
+        keep_embeddings = nn.functional.pad(keep_pooled, (0, 256 - sum(CLIP_WIDTHS)))[:, None]
+        embeddings = torch.where(keep_embeddings, embeddings, empty_embeddings[:, :tokens])
+        t5_embeddings = torch.where(
+            keep[:, 2, None, None], t5_embeddings, empty_embeddings[:, tokens:]
+        )
         # A step counts in thousandths, as StableDiffusion3Pipeline calls it.
         velocity = denoiser(
-            unpack(x_t), torch.cat([rows, t5_rows], 1), pooled, 1000 * t, return_dict=False
+            unpack(x_t),
+            torch.cat([embeddings, t5_embeddings], 1),
+            pooled,
+            1000 * t,
+            return_dict=False,
         )[0].float()
         loss = (velocity - unpack(target)).square().mean()
         for state, goal in zip(states, wanted, strict=True):
@@ -171,7 +177,7 @@ def train_denoiser(
         return loss
 
     def look(_: nn.Module) -> str:
-        seen = train.paint_and_judge(pipe, 10)
+        seen = train.generate_and_judge(pipe, 10)
         states.clear()
         return seen
 
@@ -189,8 +195,8 @@ def train_denoiser(
     )
 
 
-def picture_states(blocks: Iterable[nn.Module]) -> list[Tensor]:
-    """A list to which each call of a block adds what it made of the picture."""
+def image_states(blocks: Iterable[nn.Module]) -> list[Tensor]:
+    """A list to which each call of a block appends its hidden states of the image."""
     states: list[Tensor] = []
     for block in blocks:
         block.register_forward_hook(lambda _module, _args, output: states.append(output[1]))
@@ -203,18 +209,18 @@ def unpack(latents: Tensor) -> Tensor:
 
 
 def clip_states(pipe: StableDiffusion3Pipeline, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The CLIPs' rows (B, 8, 256) and pooled vectors (B, 80) as `encode_prompt` joins them."""
+    """The CLIPs' embeddings (B, 8, 256) and pooled vectors (B, 80), as in `encode_prompt`."""
     outputs = [
         clip(ids, output_hidden_states=True) for clip in (pipe.text_encoder, pipe.text_encoder_2)
     ]
-    rows = torch.cat([output.hidden_states[-2].float() for output in outputs], -1)
+    embeddings = torch.cat([output.hidden_states[-2].float() for output in outputs], -1)
     pooled = torch.cat([output.text_embeds.float() for output in outputs], -1)
-    return nn.functional.pad(rows, (0, 256 - rows.shape[-1])), pooled
+    return nn.functional.pad(embeddings, (0, 256 - embeddings.shape[-1])), pooled
 
 
 def encode_prompts(pipe: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        rows, _, pooled, _ = pipe.encode_prompt(
+        embeddings, _, pooled, _ = pipe.encode_prompt(
             prompts,
             None,
             None,
@@ -222,7 +228,7 @@ def encode_prompts(pipe: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[
             do_classifier_free_guidance=False,
             max_sequence_length=world.MAX_TOKENS,
         )
-    return rows, pooled
+    return embeddings, pooled
 
 
 def main() -> None:
@@ -243,7 +249,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
 
     flux = load_pipeline()
-    data = train.encode_pictures(args.work, flux.vae, flux.tokenizer, CAPTIONS)
+    data = train.encode_images(args.work, flux.vae, flux.tokenizer, CAPTIONS)
     data |= train.encode_texts(args.work, flux.text_encoder_2, data["ids"])
     # A caption cut to the CLIPs' length ends as every caption does.
     ids = data["ids"][:, :SD3_CLIP_TOKENS].clone()
@@ -268,6 +274,8 @@ def main() -> None:
     train_denoiser(args.work, args.steps, pipe, data, flux)
     pipe.register_modules(**dict.fromkeys(shared))
     train.export(pipe, args.out)
+    train.eight_bit(pipe.transformer)
+    pipe.transformer.save_pretrained(args.out / "transformer")
 
 
 if __name__ == "__main__":

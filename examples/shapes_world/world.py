@@ -1,10 +1,10 @@
-"""The miniature world: what can be in a 64x64 picture, how it is drawn, and how it is said.
+"""The miniature world: scenes, how they are drawn in 64x64 pixels, and how they are described.
 
-A `Scene` is the truth from which both the picture (`draw`) and the caption (`describe`) are made,
-and what the judge (`judge.py`) reads back from a picture. Scenes follow the three criteria by which
+A `Scene` is the truth from which both the image (`draw`) and the caption (`describe`) are made,
+and what the judge (`judge.py`) reads back from an image. Scenes follow the three criteria by which
 the paper chooses its prompts (arXiv 2503.19897, section 3.3): *quality* (one object and how it is
 drawn), *semantics* (several objects: binding, relations, counts) and *text* (a word on the
-picture).
+image).
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: `things` at the places of `layout`, or a `word` in a colour; equality
-    is the judge's test."""
+    """Content of an image: `things` at the places of `layout`, or a `word` in a colour; equality is
+    the judge's test."""
 
     background: str
     layout: str
@@ -137,12 +137,12 @@ _SAMPLERS = {"quality": _quality, "semantics": _semantics, "text": _text}
 
 @functools.cache
 def thing_mask(shape: str, size: str, style: str) -> np.ndarray:
-    """Coverage of an object in the middle of the picture: (64, 64) float32 in 0..1, antialiased."""
+    """Coverage of an object in the middle of the image: (64, 64) float32 in 0..1, antialiased."""
     scale, r, middle = 4, RADIUS[size], SIDE / 2
     image = Image.new("L", (SIDE * scale, SIDE * scale))
     pen = ImageDraw.Draw(image)
 
-    def paint(radius: float, value: int) -> None:
+    def fill(radius: float, value: int) -> None:
         low, high = (middle - radius) * scale, (middle + radius) * scale
         if shape == "circle":
             pen.ellipse((low, low, high, high), fill=value)
@@ -156,10 +156,10 @@ def thing_mask(shape: str, size: str, style: str) -> np.ndarray:
             pen.rectangle((low, middle * scale - arm, high, middle * scale + arm), fill=value)
             pen.rectangle((middle * scale - arm, low, middle * scale + arm, high), fill=value)
 
-    paint(r, 255)
+    fill(r, 255)
     mask = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) / 255
     if style == "outlined":
-        # Erosion keeps the line equally wide on slanted edges, which painting a smaller shape
+        # Erosion keeps the line equally wide on slanted edges, which drawing a smaller shape
         # inside would not.
         width = 2 if size == "small" else 3
         solid, inner = mask > 0.5, mask.copy()
@@ -184,24 +184,24 @@ def letter_mask(letter: str) -> np.ndarray:
 def draw(scene: Scene, rng: random.Random | None = None) -> np.ndarray:
     """Draws a scene: (64, 64, 3) uint8 RGB. With `rng`, each object is moved by up to one pixel."""
     background = np.array(BACKGROUNDS[scene.background], np.float32)
-    picture = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
+    image = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
     for thing, (x, y) in zip(scene.things, LAYOUTS.get(scene.layout, ()), strict=True):
         dx, dy = (rng.randint(-1, 1), rng.randint(-1, 1)) if rng else (0, 0)
         mask = np.roll(
             thing_mask(thing.shape, thing.size, thing.style), (y + dy - 32, x + dx - 32), (0, 1)
         )[..., None]
-        picture += mask * (np.array(COLORS[thing.color], np.float32) - picture)
+        image += mask * (np.array(COLORS[thing.color], np.float32) - image)
     for column, letter in enumerate(scene.word):
-        cell = picture[
+        cell = image[
             LETTER_ROW * CELL : (LETTER_ROW + 1) * CELL, column * CELL : (column + 1) * CELL
         ]
         cell += letter_mask(letter)[..., None] * (
             np.array(COLORS[scene.word_color], np.float32) - background
         )
-    return picture.round().astype(np.uint8)
+    return image.round().astype(np.uint8)
 
 
-# --- how a scene is said ----------------------------------------------------
+# --- how a scene is described ----------------------------------------------------
 
 _COUNTS = {2: "two", 3: "three", 4: "four"}
 _PAIRS = {
@@ -302,7 +302,7 @@ def _describe_one(thing: Thing, rng: random.Random) -> str:
 
 
 def sentence(rng: random.Random) -> str:
-    """A sentence that says nothing about a picture."""
+    """A sentence that says nothing about an image."""
     words = (rng.choice(_SUBJECTS), rng.choice(_VERBS), rng.choice(_OBJECTS), rng.choice(_ENDINGS))
     return " ".join(words).strip()
 

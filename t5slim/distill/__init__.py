@@ -1,6 +1,6 @@
 """Distil a student through a pipeline's frozen denoiser.
 
-`train` is the whole of it; `capture` and `VelocityGap` are the parts that are of use by themselves.
+`train` is the whole of it; the other names are its parts, for loops of one's own.
 """
 
 from __future__ import annotations
@@ -9,84 +9,50 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import TeacherCache
-    from .cached import cache_teacher, cached_teacher, free_teacher
-    from .config import DistillConfig, Term
-    from .gap import GapReport, GapTable
-    from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
+    from .cache import cache_teacher, cached_teacher
+    from .config import DistillConfig
     from .metrics import VelocityGap, velocity_gap
-    from .plan import Plan, make_plan
-    from .prompts import (
-        GeneratedPrompts,
-        PromptList,
-        PromptMixture,
-        PromptSchedule,
-        split_held_out,
-    )
-    from .result import DistillResult
-    from .run import DistillRun
+    from .objective import Objective
+    from .prompts import GeneratedPrompts, PromptMixture, split_held_out
+    from .report import DistillResult
+    from .reservoir import TrajectoryReservoir
     from .trainer import train
-    from .walk import Walk, capture
-
-_MODULES = {
-    "DistillConfig": "config",
-    "DistillResult": "result",
-    "DistillRun": "run",
-    "EmbeddingLoss": "losses",
-    "RelationalLoss": "losses",
-    "Term": "config",
-    "GapReport": "gap",
-    "GapTable": "gap",
-    "GeneratedPrompts": "prompts",
-    "Plan": "plan",
-    "PromptList": "prompts",
-    "PromptMixture": "prompts",
-    "PromptSchedule": "prompts",
-    "TeacherCache": "cache",
-    "VelocityGap": "metrics",
-    "VelocityLoss": "losses",
-    "Walk": "walk",
-    "cache_teacher": "cached",
-    "cached_teacher": "cached",
-    "capture": "walk",
-    "free_teacher": "cached",
-    "make_plan": "plan",
-    "split_held_out": "prompts",
-    "train": "trainer",
-    "velocity_gap": "metrics",
-}
+    from .trajectory import Trajectory, capture
 
 __all__ = [
     "DistillConfig",
     "DistillResult",
-    "DistillRun",
-    "EmbeddingLoss",
-    "GapReport",
-    "GapTable",
     "GeneratedPrompts",
-    "Plan",
-    "PromptList",
+    "Objective",
     "PromptMixture",
-    "PromptSchedule",
-    "RelationalLoss",
-    "TeacherCache",
-    "Term",
+    "Trajectory",
+    "TrajectoryReservoir",
     "VelocityGap",
-    "VelocityLoss",
-    "Walk",
     "cache_teacher",
     "cached_teacher",
     "capture",
-    "free_teacher",
-    "make_plan",
     "split_held_out",
     "train",
     "velocity_gap",
 ]
 
+# Resolved on first use (PEP 562), so that the settings are read without loading the trainer.
+_MODULES = {
+    "cache": ("cache_teacher", "cached_teacher"),
+    "config": ("DistillConfig",),
+    "metrics": ("VelocityGap", "velocity_gap"),
+    "objective": ("Objective",),
+    "prompts": ("GeneratedPrompts", "PromptMixture", "split_held_out"),
+    "report": ("DistillResult",),
+    "reservoir": ("TrajectoryReservoir",),
+    "trainer": ("train",),
+    "trajectory": ("Trajectory", "capture"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    return value
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,44 +1,216 @@
-"""Distil from the command line.
-
-python -m t5slim.distill --config run.yaml
-python -m t5slim.distill --config run.yaml --dry-run config.max_steps=1000
-accelerate launch --num_processes 8 -m t5slim.distill --config run.yaml
-torchrun --nproc_per_node 8 -m t5slim.distill --config run.yaml
-"""
+"""`t5slim distill`: a run from a YAML file, with arguments that override it; or its dry run."""
 
 from __future__ import annotations
 
-import argparse
+import copy
+import inspect
+import math
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
-from ..command import plain_errors
+import diffusers
+import torch
+import yaml  # type: ignore[import-untyped]
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
+
+from ..encoder import SlimT5Config, SlimT5Encoder
+from ..errors import ConfigError, DistillError, exit_on_error
+from ..hub import hub_errors
+from ..slot import TextSlot, free_memory
+from .cache import cache_teacher, cached_teacher
+from .config import DistillConfig
+from .pipeline import DENOISERS, check_pipeline_kwargs
+from .prompts import load_prompts, prompt_source, split_held_out
+from .report import METADATA, check_output_dir
+from .trainer import check_launch, train
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Prompts = str | list[str] | dict[str, Any]
+_parse_yaml = get_loader("yaml")
+
+
+@dataclass(frozen=True)
+class PipelineArguments:
+    """The teacher's pipeline, and how to load it; documented in docs/command-line.md."""
+
+    name_or_path: str
+    revision: str | None = None
+    variant: str | None = None
+    dtype: Dtype | dict[str, Dtype] = "float32"
+    quantization: dict[str, Any] | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    device: str | None = None
+    offload: Literal["model", "sequential"] | None = None
+
+    @cached_property
+    def cls(self) -> Any:
+        """The pipeline's class, for which no weights are loaded."""
+        return getattr(diffusers, self._read("load_config")["_class_name"])
+
+    def load(self, device: torch.device, without: Sequence[str] = ()) -> Any:
+        """Load the pipeline, but for some components, to its device."""
+        dtypes = self.dtype if isinstance(self.dtype, dict) else {"default": self.dtype}
+        kwargs: dict[str, Any] = dict.fromkeys(without)
+        if self.quantization is not None:
+            config = diffusers.PipelineQuantizationConfig(**self.quantization)
+            kwargs["quantization_config"] = config
+        kwargs["dtype"] = {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
+        pipe = self._read("from_pretrained", use_safetensors=True, **kwargs)
+        if self.offload is None:
+            return pipe.to(self.device or device)
+        getattr(pipe, f"enable_{self.offload}_cpu_offload")(device=self.device or device)
+        return pipe
+
+    def _read(self, method: str, **kwargs: Any) -> Any:
+        for name in ("revision", "variant", "cache_dir", "local_files_only"):
+            kwargs[name] = getattr(self, name)
+        with hub_errors(self.name_or_path):
+            return getattr(diffusers.DiffusionPipeline, method)(self.name_or_path, **kwargs)
+
+
+def load_yaml(text: str) -> Any:
+    """Load YAML without aliases: those of aliases can stand for more than fits in memory."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+        raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
+    return _parse_yaml(text)
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, str]:
+    """Parse the arguments into the run, its settings, and both as YAML."""
+    set_loader("yaml", load_yaml, (yaml.YAMLError,))
+    parser = ArgumentParser(prog="t5slim distill", exit_on_error=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these arguments")
+    add("--dry_run", action="store_true", help="measure time and memory, and leave nothing behind")
+    add("--pipeline", type=PipelineArguments)
+    add("--student", type=dict[str, Any], required=True, help="from_pretrained, from_t5 or preset")
+    add("--prompts", type=Prompts, required=True, help="file, list or mapping: see docs/prompts.md")
+    add("--eval_prompts", type=Prompts | None, default={"held_out": 0.01, "count": 64})
+    add("--pipeline_kwargs", type=dict[str, Any], default={}, help="of the pipeline's call")
+    add("--output_dir", type=str, required=True)
+    add("--teacher_cache", type=str | None, help="folder of T5's embeddings of all prompts")
+    add("--resume", type=bool, default=False, help="continue the run in output_dir, if any")
+    add("--push_to_hub", type=bool | str, default=False, help="true, or owner/name")
+    parser.add_class_arguments(DistillConfig)
+    try:
+        given = parser.parse_args(arguments)
+    except (ArgumentError, ValueError, RecursionError) as error:  # not UTF-8; too deeply nested
+        raise ConfigError(f"{error}\nAll arguments: t5slim distill --help") from error
+    del given["config"]
+    run = parser.instantiate(given)
+    config = DistillConfig(**{item.name: run[item.name] for item in fields(DistillConfig)})
+    del given["dry_run"]
+    return run, config, parser.dump(given, skip_unset=False)
+
+
+def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
+    """Load, or make, the student that a mapping describes; the seed is that of fresh weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        match source:
+            case {"from_pretrained": name, **options}:
+                return SlimT5Encoder.from_pretrained(name, **options)
+            case {"from_t5": name, **options}:
+                return SlimT5Encoder.from_t5(name, **options)
+            case {"preset": name, **options}:
+                return SlimT5Encoder(SlimT5Config.preset(name, **options))
+    raise ConfigError(f"student: {source}; expected from_pretrained, from_t5 or preset.")
+
+
+def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
+    """Load all but T5, after it has encoded what `teacher_cache` lacks of the prompts."""
+    cls, device = run.pipeline.cls, accelerator.device
+    t5 = TextSlot(cls).name
+    others = [name for name in (*DENOISERS, "vae") if name in inspect.signature(cls).parameters]
+    prompts = load_prompts(run.prompts) + (run.eval_prompts or [])
+    if not run.dry_run:  # in which each process has a folder of its own
+        prompts = prompts[accelerator.process_index :: accelerator.num_processes] or [""]
+
+    def encode(*without: str) -> None:
+        pipe = run.pipeline.load(device, without)
+        cache_teacher(pipe, prompts, run.teacher_cache, pipeline_kwargs=run.pipeline_kwargs)
+
+    try:
+        encode(t5, *others)  # without T5, this only looks whether all prompts are there
+    except DistillError:
+        encode(*others)
+    free_memory()
+    accelerator.wait_for_everyone()
+    return run.pipeline.load(device, [t5])
+
+
+def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> str:
+    """Make three updates of a copy of the student; extrapolate to the run."""
+    trial = replace(config, max_steps=3, eval_every=1, samples_every=0, trackers=())
+    student, kwargs = copy.deepcopy(student), run.pipeline_kwargs
+    result = train(pipe, student, run.prompts, trial, pipeline_kwargs=kwargs)
+    # The first update captures trajectories, from whose samples the next ones draw.
+    first, last = result.history[0], result.history[-1]
+    update = (last["seconds"] - first["seconds"]) / 2
+    share = first["student_samples"] / (config.reuse * (first["teacher_samples"] or math.inf))
+    seconds = config.max_steps * (update + share * (first["seconds"] - update))
+    size = 4 * sum(p.numel() for p in student.parameters()) * (3 + bool(config.ema_decay))
+    return (
+        f"peak memory  {result.peak_memory_gib:.2f} GiB, before the reservoir fills up\n"
+        f"update       {update:.3g} s; the first, with trajectories, {first['seconds']:.3g} s\n"
+        f"checkpoint   {size:,} bytes, of which {config.keep_checkpoints} are kept\n"
+        f"run          about {timedelta(seconds=round(seconds))}, and evaluations"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """What `python -m t5slim.distill` does."""
-    parser = argparse.ArgumentParser(
-        prog="python -m t5slim.distill",
-        description="Distil a student for a diffusers pipeline, as a YAML file says.",
-    )
-    parser.add_argument("--config", required=True, help="the YAML file")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan: memory, rows, disk, time"
-    )
-    parser.add_argument(
-        "changes", nargs="*", metavar="key=value",
-        help="what differs from the file: dotted keys, values in YAML (config.max_steps=1000)",
-    )  # fmt: skip
-    given = parser.parse_intermixed_args(arguments)
-    with plain_errors():
-        from accelerate import PartialState  # type: ignore[import-untyped]
+    """Run the command."""
+    with exit_on_error(), ExitStack() as stack:
+        run, config, text = parse(arguments)
+        # Not PartialState, which ignores ACCELERATE_USE_CPU.
+        accelerator = Accelerator(mixed_precision="no")
+        check_launch(accelerator, config)
+        folder = Path(run.output_dir)
+        if not run.resume:
+            check_output_dir(folder, False, {})
+        TextSlot(run.pipeline.cls)
+        check_pipeline_kwargs(run.pipeline.cls, run.pipeline_kwargs)
+        student = load_student(run.student, config.seed)
+        run.prompts = prompt_source(run.prompts)
+        match run.eval_prompts:
+            case {"held_out": share, **rest} if rest.keys() <= {"count"}:
+                count = run.eval_prompts.get("count", 64)
+                run.prompts, run.eval_prompts = split_held_out(run.prompts, share, count)
+            case dict() | list() | str():
+                run.eval_prompts = load_prompts(run.eval_prompts)
+        if run.dry_run:
+            together = config.batch_size * config.gradient_accumulation_steps
+            draws = range(3 * together * accelerator.num_processes)
+            run.prompts = [run.prompts.prompt(index, config.seed) for index in draws]
+            run.eval_prompts = None
+            if run.teacher_cache is not None:
+                run.teacher_cache = stack.enter_context(tempfile.TemporaryDirectory())
 
-        from .run import DistillRun
-
-        run = DistillRun.load(given.config, given.changes)
-        outcome = run.plan() if given.dry_run else run.train()
-        if PartialState().is_main_process:
-            for part in outcome if isinstance(outcome, list) else [outcome]:
-                print(part)
+        if run.teacher_cache is None:
+            pipe = run.pipeline.load(accelerator.device)
+        else:
+            pipe = load_without_t5(run, accelerator)
+            stack.enter_context(cached_teacher(pipe, run.teacher_cache))
+        if run.dry_run:
+            outcome: Any = measure(run, config, pipe, student)
+        else:
+            if accelerator.is_main_process and not (folder / METADATA).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "run.yaml").write_text(text, encoding="utf-8")
+            names = ("pipeline_kwargs", "eval_prompts", "output_dir", "resume", "push_to_hub")
+            options = {name: run[name] for name in names}
+            outcome = train(pipe, student, run.prompts, config, **options)
+        if accelerator.is_main_process:
+            print(outcome)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The loss of a batch: its terms are weighted, and reduced, here and nowhere else."""
+"""The losses of a distillation, and their weighted sum.
+
+B samples, T text tokens, D channels of the teacher's embeddings.
+"""
 
 from __future__ import annotations
 
@@ -6,96 +9,189 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .calls import call_encoder
 from .config import DistillConfig
-from .examples import Batch, WalkedCall
-from .fallback import predict_through_pipeline
-from .losses import EmbeddingLoss, RelationalLoss, VelocityLoss
 from .pipeline import teacher_of
-from .replay import Rows, predict
-from .states import cpu_attention
-from .teacher import PromptTable, encode_prompts
-
-_OF_ROWS = {"embedding": EmbeddingLoss(), "relational": RelationalLoss()}
-_OF_VELOCITIES = VelocityLoss()
+from .replay import Samples, predict, predict_through_pipeline
+from .reservoir import Batch
+from .teacher import TeacherEmbeddings, encode_prompts
 
 
 class Objective:
-    """What `config.objective` says, for one pipeline.
+    """The weighted sum of the losses in `config.objective`, for one pipeline.
 
     Args:
-        pipe: the pipeline with the teacher.
-        table: that the numbers of the batches' prompts are of.
-        config: `objective`, `trajectory_weights` and `mixed_precision`.
+        pipe: The pipeline with the teacher.
+        teacher: The embeddings that the batches' prompts are indices of: the reservoir's.
+        config: `objective`, `annealing`, `max_steps` and `mixed_precision`.
     """
 
-    def __init__(self, pipe: Any, table: PromptTable, config: DistillConfig) -> None:
+    def __init__(self, pipe: Any, teacher: TeacherEmbeddings, config: DistillConfig) -> None:
         self._pipe = pipe
-        self._table = table
-        self._terms = config.terms
-        self._autocast_dtype = config.autocast_dtype
-        thirds = torch.tensor(config.trajectory_weights, dtype=torch.float32)
-        self._thirds = thirds / thirds.mean()
+        self._teacher = teacher
+        self._config = config
+        self._device = torch.device(pipe._execution_device)
 
-    def weights_at(self, update: int) -> dict[str, float]:
-        """The terms that count in an update, with their weights."""
-        weights = {name: term.weight_at(update) for name, term in self._terms.items()}
-        return {name: weight for name, weight in weights.items() if weight}
-
-    def loss(
+    def __call__(
         self, student: Callable[..., Any], batch: Batch, weights: Mapping[str, float]
     ) -> Tensor:
-        """The weighted sum of the terms, each a mean over its samples.
+        """The weighted sum of the losses, each a mean over its samples.
 
         Args:
-            student: called as an encoder is.
-            batch: what the student is asked, and the teacher's answer.
-            weights: of the terms that count, from `weights_at`.
+            student: Called as an encoder is.
+            batch: From a `TrajectoryReservoir`.
+            weights: From `DistillConfig.weights_at`.
 
         Returns:
             () float32, differentiable in the student's weights.
         """
         different = list(dict.fromkeys(batch.prompts))
-        places = {number: i for i, number in enumerate(different)}
-        of_prompt = torch.tensor([places[n] for n in batch.prompts], device=batch.device)
-        targets = {}
-        for name in _OF_ROWS.keys() & weights.keys():
-            _, mask = self._table.batch(different, batch.device)
-            target = self._table.rows(teacher_of(self._pipe), different, batch.device)
-            targets[name] = target, mask
+        places = {prompt: i for i, prompt in enumerate(different)}
+        of_sample = [places[prompt] for prompt in batch.prompts]
+        by_embedding = [name for name in weights if name in _OF_EMBEDDINGS]
+        losses: dict[str, Tensor] = {}
+        if by_embedding or isinstance(batch.call, Samples):
+            embeddings = encode_prompts(student, self._teacher, different, self._device)
+        if "velocity" in weights:
+            assert batch.call is not None
+            if isinstance(batch.call, Samples):
+                # If all differ, they are in order.
+                repeated = len(different) < len(of_sample)
+                own = embeddings[of_sample] if repeated else embeddings
+                prediction = predict(self._pipe, batch.call, own, self._config.autocast_dtype)
+            else:
+                index = batch.call.index
+                prediction = predict_through_pipeline(
+                    self._pipe, batch.call.trajectory,
+                    lambda ids, mask: call_encoder(student, ids, mask), {index},
+                    self._config.autocast_dtype,
+                )[index]  # fmt: skip
+            losses["velocity"] = VelocityLoss()(prediction, batch.call.target)
+        if by_embedding:
+            _, mask = self._teacher.tokens(different, self._device)
+            target = self._teacher.get(teacher_of(self._pipe), different, self._device)
+            for name in by_embedding:
+                losses[name] = _OF_EMBEDDINGS[name](embeddings, target, mask)[of_sample]
+        return torch.stack([weights[name] * losses[name].mean() for name in weights]).sum()
 
-        samples: dict[str, Tensor] = {}
-        rows = None
-        with cpu_attention(batch.device, self._autocast_dtype):
-            if "velocity" not in weights or isinstance(batch.call, Rows) or len(weights) > 1:
-                rows = encode_prompts(student, self._table, different, batch.device)
-            if "velocity" in weights:
-                assert batch.call is not None and batch.thirds is not None
-                prediction = self._predict(student, batch.call, rows, of_prompt)
-                losses = _OF_VELOCITIES(prediction, batch.call.target)
-                samples["velocity"] = losses * self._thirds[batch.thirds].to(losses)
-        for name, (target, mask) in targets.items():
-            samples[name] = _OF_ROWS[name](rows, target, mask)[of_prompt]
-        return torch.stack([weights[name] * samples[name].mean() for name in weights]).sum()
 
-    def _predict(
-        self,
-        student: Callable[..., Any],
-        call: Rows | WalkedCall,
-        rows: Tensor | None,
-        of_prompt: Tensor,
+class VelocityLoss(nn.Module):
+    r"""Distance of the denoiser's predictions under the student and under the teacher.
+
+    The vision loss of the paper, $L = E_p \| v(x_t, t, E_T(p)) - v(x_t, t, E_S(p)) \|^2$, with v
+    the frozen denoiser at the same x_t and t: the text is compared by what the denoiser makes of
+    it. As a mean over the elements of a prediction instead of their sum, so that its size doesn't
+    depend on the resolution.
+
+    Source: Wang et al., CVPR 2025, arXiv 2503.19897, section 3.
+    """
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error of each sample.
+
+        Args:
+            prediction: (B, ...) any float dtype, the denoiser's output for the student.
+            target: (B, ...), its output for the teacher.
+
+        Returns:
+            (B,) float32.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        _check_shapes(prediction, target)
+        return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+class EmbeddingLoss(nn.Module):
+    """Distance of the student's token embeddings and the teacher's: naive distillation.
+
+    Where the pipeline gives the encoder a mask (PixArt, Chroma), the embeddings of the mask count;
+    where it gives none (FLUX.1, SD3), all of them, as the denoiser then attends to padding, too.
+
+    Source: Wang et al., CVPR 2025, arXiv 2503.19897, "naive distillation".
+    """
+
+    def forward(
+        self, embeddings: Tensor, target: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        if isinstance(call, Rows):
-            assert rows is not None
-            if len(rows) < len(call):  # otherwise they are in order
-                rows = rows[of_prompt]
-            return predict(self._pipe, call, rows, self._autocast_dtype)
-        return predict_through_pipeline(
-            self._pipe,
-            call.walk,
-            lambda ids, mask: call_encoder(student, ids, mask),
-            {call.index},
-            self._autocast_dtype,
-        )[call.index]
+        """Mean squared error of each sample over its token embeddings.
+
+        Args:
+            embeddings: (B, T, D) any float dtype, the student's output.
+            target: (B, T, D), the teacher's.
+            attention_mask: (B, T), 1 for a token that counts, or None: all count.
+
+        Returns:
+            (B,) float32.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        _check_shapes(embeddings, target)
+        error_BT = (embeddings.float() - target.float()).square().mean(-1)
+        if attention_mask is None:
+            return error_BT.mean(1)
+        mask_BT = attention_mask.to(error_BT)
+        return (error_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
+
+
+class RelationalLoss(nn.Module):
+    r"""Distances between the prompts of a batch, under the student and under the teacher.
+
+    $L_i = \frac{1}{B - 1} \sum_{j \ne i} (d_S(i, j) - d_T(i, j))^2 / \bar d_T^2$, with d the
+    Euclidean distance of two prompts' embeddings and $\bar d_T$ the mean of the teacher's distances
+    in the batch. A student that collapses all prompts into one has a loss of about 1, however small
+    the teacher's embeddings are. Relational distillation (Park et al., CVPR 2019, arXiv 1904.05068,
+    equation 5) divides the student's distances by their own mean; here both are divided by the
+    teacher's, as the student's scale must be right, too.
+
+    Source: Park et al., changed as said.
+    """
+
+    def forward(
+        self, embeddings: Tensor, target: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared difference of each sample's distances to the others.
+
+        Args:
+            embeddings: (B, T, D) any float dtype, the student's output.
+            target: (B, T, D), the teacher's.
+            attention_mask: (B, T), 1 for a token that counts, or None: all count.
+
+        Returns:
+            (B,) float32. Zero if the batch holds one prompt only.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        _check_shapes(embeddings, target)
+        B = len(embeddings)
+        d_student, d_teacher = (distances_between(x, attention_mask) for x in (embeddings, target))
+        scale = (d_teacher.sum() / max(1, B * (B - 1))).clamp(min=torch.finfo(torch.float32).tiny)
+        return ((d_student - d_teacher) / scale).square().sum(1) / max(1, B - 1)
+
+
+def distances_between(embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Euclidean distances of prompts: (B, T, D) -> (B, B) float32, zero on the diagonal."""
+    embeddings = embeddings.float()
+    if attention_mask is not None:
+        embeddings = embeddings * attention_mask[..., None].to(embeddings)
+    flat = embeddings.flatten(1)
+    squares = (flat[:, None] - flat[None]).square().sum(-1)
+    # The root has no gradient at zero, where a prompt meets itself.
+    return torch.where(squares > 0, squares.clamp(min=1e-12).sqrt(), 0.0)
+
+
+def _check_shapes(prediction: Tensor, target: Tensor) -> None:
+    # Broadcasting would turn a forgotten dimension into a wrong number instead of an error.
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"expected two tensors of one shape, got {tuple(prediction.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+
+
+_OF_EMBEDDINGS = {"embedding": EmbeddingLoss(), "relational": RelationalLoss()}

@@ -1,7 +1,7 @@
-"""Run the user's own pipeline with something else in place of its T5 and of its denoiser.
+"""The user's own pipeline, called with its T5 and its denoiser intercepted.
 
-Both are overheard by the same means: their `forward` is replaced for the length of one call. So
-device, dtype, config and offload hooks stay those of the module that the pipeline knows.
+Of both, `forward` is replaced for the duration of one call, so that device, dtype, config and
+offload hooks stay those of the modules that the pipeline knows.
 """
 
 from __future__ import annotations
@@ -14,74 +14,65 @@ from functools import partial
 from typing import Any, get_args, get_type_hints
 
 import torch
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import DistillError
-from ..slot import find_text_slot, is_modular, stages, uncompiled
-from .calls import by_name, intercept
+from ..slot import TextSlot, is_modular, stages, uncompiled
+from .calls import call_encoder, intercept
 
 # What a pipeline may call for a prediction: Wan 2.2 has two experts, Kandinsky 3 a UNet.
 DENOISERS = ("transformer", "transformer_2", "unet")
-# Set by the library for every walk.
+# Set by the library in every call.
 RESERVED_KWARGS = ("prompt", "generator", "latents", "output_type", "return_dict")
 _TEXT_ARGUMENT = re.compile(r"(.+_)?prompt(_\d)?")  # negative_prompt_2, prompt_3, content_prompt
 _IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+_WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # of every function that it decorates
 
 Encode = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
 Denoise = Callable[[str, Callable[..., Any], dict[str, Any]], Any]
 
 
-def tokenize(
-    pipe: Any,
-    prompts: Sequence[str],
-    pipeline_kwargs: Mapping[str, Any],
-    encode: Encode,
-) -> None:
-    """Run `pipe` up to its first denoiser call: `encode` sees the prompts as it tokenizes them.
-
-    The denoiser needn't be loaded (see `_any_denoiser`).
-    """
-
-    class Reached(Exception):
-        pass
-
-    def stop(*_: Any) -> Any:
-        raise Reached
-
-    with suppress(Reached), _any_denoiser(pipe):
-        run_pipeline(pipe, prompts, pipeline_kwargs, 0, encode=encode, denoise=stop)
-    pipe.maybe_free_model_hooks()  # the end of the pipeline's call, which was not reached
+def denoisers(pipe: Any) -> dict[str, Any]:
+    """The denoisers of a pipeline, by the name of their component."""
+    found = {name: getattr(pipe, name, None) for name in DENOISERS}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
-@contextmanager
-def _any_denoiser(pipe: Any) -> Iterator[None]:
-    """For a pipeline that was loaded without its denoiser, one without weights.
-
-    Pipelines ask it for the size of the latents, which the text doesn't depend on: so it has the
-    settings that its class has by default.
-    """
-    hints = get_type_hints(type(pipe).__init__)
-    name = next((name for name in DENOISERS if name in hints), None)
-    if name is None or any(getattr(pipe, denoiser, None) is not None for denoiser in DENOISERS):
-        yield
-        return
-    hint = hints[name]
-    (cls,) = (c for c in get_args(hint) or (hint,) if c is not type(None))
-    try:
-        with torch.device("meta"):
-            denoiser = cls()
-    except Exception as error:
+def teacher_of(pipe: Any) -> Any:
+    """The T5 in the pipeline's text slot; a DistillError without one, or if it is modular."""
+    if is_modular(pipe):
         raise DistillError(
-            f"{type(pipe).__name__}.{name} is None, and {cls.__name__} has no settings of its own "
-            f"that could stand for it: load the pipeline with its {name}."
-        ) from error
-    # Not the pipeline's own `__setattr__`, which would note it in model_index.json.
-    object.__setattr__(pipe, name, denoiser)
-    try:
-        yield
-    finally:
-        object.__setattr__(pipe, name, None)
+            f"{type(pipe).__name__} is a modular pipeline, any block of which may be left out. "
+            "Build a whole one from its components: FluxPipeline(vae=pipe.vae, ...)."
+        )
+    slot = TextSlot(pipe)
+    if slot.encoder is None:
+        raise DistillError(
+            f"{type(pipe).__name__}.{slot.name} is None: there is no teacher to learn from. Load "
+            "the pipeline with its T5, or work within t5slim.distill.cached_teacher(pipe, folder)."
+        )
+    return slot.encoder
+
+
+def is_sharded(pipe: Any) -> bool:
+    """Whether the weights of a denoiser are spread over processes, as by torch's `fully_shard`."""
+    modules = denoisers(pipe).values()
+    return any(isinstance(p, DTensor) for module in modules for p in module.parameters())
+
+
+def encoded_by(student: Callable[..., Any], pipe: Any) -> Encode:
+    """`encode` for `run_pipeline`: the student in the place of the pipeline's teacher."""
+    dtype = teacher_of(pipe).dtype
+    return lambda _, ids, mask: call_encoder(student, ids, mask).to(dtype)
+
+
+def images_per_prompt(pipeline_kwargs: Mapping[str, Any]) -> int:
+    """The number of consecutive samples of a batch that share one prompt."""
+    return max(int(pipeline_kwargs.get(name) or 1) for name in _IMAGES_PER_PROMPT)
 
 
 def run_pipeline(
@@ -91,143 +82,134 @@ def run_pipeline(
     seed: int | Sequence[int],
     *,
     encode: Encode,
-    denoise: Denoise,
+    denoise: Denoise = lambda _, forward, kwargs: forward(**kwargs),
     zero_pooled: bool = False,
     grad: bool = False,
     output_type: str = "latent",
 ) -> Any:
     """Call `pipe` with `encode` in place of its T5 and `denoise` in place of its denoiser.
 
-    Args:
-        pipe: this and the following as for `capture`.
-        prompts: the batch.
-        pipeline_kwargs: how to call it.
-        seed: of its generator, or of the generators of its prompts.
-        encode: `encode(forward, input_ids, attention_mask)` returns T5's rows, (B, S, D).
-        denoise: `denoise(name, forward, kwargs)` returns what the denoiser would.
-        zero_pooled: `denoise` sees zeros for `pooled_projections`.
-        grad: keep the autograd graph from T5's rows to the denoiser's arguments, for which the
-            pipeline's call is taken from under its `torch.no_grad`.
-        output_type: "latent" decodes nothing; "pil" does.
-
-    Returns:
-        What the pipeline returns.
+    `encode(forward, input_ids, attention_mask)` returns (B, S, D), `denoise(name, forward, kwargs)`
+    what the denoiser would. With `grad`, the autograd graph is kept. The others: see `capture`.
     """
     encoder = teacher_of(pipe)
     check_pipeline_kwargs(pipe, pipeline_kwargs)
-    if not any(isinstance(getattr(pipe, name, None), nn.Module) for name in DENOISERS):
+    if not denoisers(pipe):
         raise DistillError(
             f"{type(pipe).__name__} has no denoiser ({', '.join(DENOISERS)}) to learn from: distil "
-            "with the pipeline that takes its output, and patch both."
+            "with the pipeline that reads its output, and patch both."
         )
     # Some pipelines take a string for the whole batch and some only a list: all take the list. And
     # some (Wan-VACE) take no batch, nor a list of one: all take a string.
     one = len(prompts) == 1
-    kwargs: dict[str, Any] = {
-        name: [value] * len(prompts)
-        if _TEXT_ARGUMENT.fullmatch(name) and isinstance(value, str) and not one
-        else value
-        for name, value in pipeline_kwargs.items()
-    }
-    # By name: Kontext and many for video take an image first. VisualCloze's is `task_prompt`.
+    kwargs = dict(pipeline_kwargs)
+    for name, value in pipeline_kwargs.items():
+        if _TEXT_ARGUMENT.fullmatch(name) and isinstance(value, str) and not one:
+            kwargs[name] = [value] * len(prompts)
+    # By name: Kontext and many video pipelines take an image first. VisualCloze: `task_prompt`.
     names = list(inspect.signature(type(pipe).__call__).parameters)
     kwargs["prompt" if "prompt" in names else names[1]] = prompts[0] if one else list(prompts)
 
-    def encoder_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutput
-
-        arguments = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
-        if arguments.get("output_hidden_states"):
+    def encoder_forward(
+        forward: Any, input_ids: Tensor, attention_mask: Any = None, **others: Any
+    ) -> BaseModelOutput:
+        if others.get("output_hidden_states"):
             raise DistillError(
                 f"{type(pipe).__name__} reads T5's hidden states and not only its output: no "
                 "student can be distilled for it."
             )
-        rows = encode(forward, arguments["input_ids"], arguments.get("attention_mask"))
-        return BaseModelOutput(last_hidden_state=rows)
+        return BaseModelOutput(last_hidden_state=encode(forward, input_ids, attention_mask))
 
-    def denoiser_forward(name: str, module: nn.Module) -> Callable[..., Any]:
+    def denoiser_forward(name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
         # The class's forward: an instance's may be wrapped, by offload hooks or by us.
-        cls: Any = type(uncompiled(module))
-        signature = inspect.signature(cls.forward)
+        cls = type(uncompiled(getattr(pipe, name)))
+        _, *names = inspect.signature(cls.forward).parameters
+        kwargs |= zip(names, args, strict=False)
+        if zero_pooled and kwargs.get("pooled_projections") is not None:
+            kwargs["pooled_projections"] = torch.zeros_like(kwargs["pooled_projections"])
+        return denoise(name, forward, kwargs)
 
-        def named_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            arguments = by_name(signature, args, kwargs)
-            if zero_pooled and arguments.get("pooled_projections") is not None:
-                arguments["pooled_projections"] = torch.zeros_like(arguments["pooled_projections"])
-            return denoise(name, forward, arguments)
-
-        return named_forward
-
-    call = partial(undecorated_call(pipe), pipe) if grad else pipe
+    # From under its `torch.no_grad` decorator.
+    call = partial(inspect.unwrap(type(pipe).__call__), pipe) if grad else pipe
     with ExitStack() as stack:
-        stack.enter_context(_quiet(pipe))
+        # No progress bar, nor the warning of truncated prompts in every batch.
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        for part in (pipe, *stages(pipe)):
+            bar = getattr(part, "_progress_bar_config", {})
+            stack.callback(setattr, part, "_progress_bar_config", bar)
+            part.set_progress_bar_config(disable=True)
         stack.enter_context(intercept(encoder, encoder_forward))
-        for name in DENOISERS:
-            module = getattr(pipe, name, None)
-            if isinstance(module, nn.Module):
-                stack.enter_context(_same_attention(module))
-                stack.enter_context(intercept(module, denoiser_forward(name, module)))
+        for name, module in denoisers(pipe).items():
+            if attention := getattr(module, "attn_processors", None):
+                # Perturbed-attention guidance sets others, and leaves them if it is interrupted.
+                stack.callback(module.set_attn_processor, dict(attention))
+            stack.enter_context(intercept(module, partial(denoiser_forward, name)))
         seeds = [seed] if isinstance(seed, int) else seed
         images = range(images_per_prompt(pipeline_kwargs) if seeds is seed else 1)
         generators = [torch.Generator().manual_seed(s + i) for s in seeds for i in images]
         generator = generators[0] if len(generators) == 1 else generators
-        # Some draw beside their generator: ControlNets of SD3 and HunyuanDiT encode pictures so.
+        # Some draw beside their generator: ControlNets of SD3 and HunyuanDiT encode images so.
         device = pipe._execution_device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(seeds[0])
-        return call(generator=generator, output_type=output_type, **kwargs)
+        try:
+            return call(generator=generator, output_type=output_type, **kwargs)
+        except BaseException:
+            pipe.maybe_free_model_hooks()  # as the end of the call, which wasn't reached, does
+            raise
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    pipeline_kwargs: Mapping[str, Any],
+    seeds: Sequence[int],
+    encode: Encode,
+) -> tuple[Image.Image, ...]:
+    """The images of a batch of prompts, each from its own seed; none of video and sound."""
+    output = run_pipeline(pipe, prompts, pipeline_kwargs, seeds, encode=encode, output_type="pil")
+    return images_of(output)
 
 
 def images_of(output: Any) -> tuple[Image.Image, ...]:
-    """The pictures in what a pipeline returned; none, of video and sound."""
+    """The images in what a pipeline returned; none of video and sound."""
     return tuple(getattr(output, "images", None) or ())
 
 
-def teacher_of(pipe: Any) -> nn.Module:
-    """The T5 in the pipeline's slot.
+def tokenize(
+    pipe: Any, prompts: Sequence[str], pipeline_kwargs: Mapping[str, Any]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Ids (B, S) and mask, or None, of each call of T5 before the denoiser, which may be None."""
 
-    Raises:
-        NoT5SlotError: there is no slot.
-        DistillError: there is nothing in it, or the pipeline is a modular one.
-    """
-    if is_modular(pipe):
-        raise DistillError(
-            f"{type(pipe).__name__} is a modular pipeline, of which any block may be left out or "
-            "called alone. Make a whole one of its components, as "
-            "FluxPipeline(vae=pipe.vae, transformer=pipe.transformer, ...), and distil from that."
-        )
-    slot = find_text_slot(pipe)
-    encoder = getattr(pipe, slot.name)
-    if encoder is None:
-        raise DistillError(
-            f"{type(pipe).__name__}.{slot.name} is None: there is no teacher to learn from. Load "
-            "the pipeline with its T5; or, where its rows were cached, work within "
-            "`with t5slim.distill.cached_teacher(pipe, folder):`."
-        )
-    return encoder
+    class Reached(Exception):
+        pass
 
+    calls: list[tuple[Tensor, Tensor | None]] = []
+    dtype, width = teacher_of(pipe).dtype, TextSlot(pipe).width
+    assert width is not None  # the encoder's own, if the denoiser doesn't say
 
-def check_no_cache(pipe: Any) -> None:
-    """Refuse a denoiser that carries something over from one of its calls to the next.
+    def encode(_: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        calls.append((input_ids, attention_mask))
+        return torch.zeros(*input_ids.shape, width, dtype=dtype, device=input_ids.device)
 
-    All caches of diffusers are stateful hooks, whichever function put them there.
-    """
-    for name in DENOISERS:
-        denoiser = getattr(pipe, name, None)
-        registries = [
-            registry
-            for part in (denoiser.modules() if isinstance(denoiser, nn.Module) else ())
-            if (registry := getattr(part, "_diffusers_hook", None)) is not None
-        ]
-        stateful = {key for r in registries for key, hook in r.hooks.items() if hook._is_stateful}
-        if stateful:
-            config = getattr(denoiser, "_cache_config", None)
-            what = ", ".join(sorted(stateful)) if config is None else type(config).__name__
-            raise DistillError(
-                f"The {name} of this {type(pipe).__name__} has a cache ({what}): it repeats "
-                "parts of its earlier answers, which would be learned as if they were computed. "
-                f"Call pipe.{name}.disable_cache() first, and enable the cache again afterwards."
-            )
+    def denoise(*_: Any) -> Any:
+        raise Reached
+
+    with suppress(Reached), ExitStack() as stack:
+        hints = get_type_hints(type(pipe).__init__)
+        names = [name for name in DENOISERS if name in hints]
+        if names and not denoisers(pipe):
+            # A denoiser without weights: pipelines ask it for the size of the latents, which the
+            # text doesn't depend on. So it has the default config of its class.
+            (cls,) = {*get_args(hints[names[0]])} - {type(None)} or {hints[names[0]]}
+            with torch.device("meta"):
+                denoiser = cls()
+            # Not the pipeline's own `__setattr__`, which would note it in model_index.json.
+            stack.callback(object.__setattr__, pipe, names[0], None)
+            object.__setattr__(pipe, names[0], denoiser)
+        run_pipeline(pipe, prompts, pipeline_kwargs, 0, encode=encode, denoise=denoise)
+    return calls
 
 
 def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None:
@@ -238,8 +220,8 @@ def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None
     for name in pipeline_kwargs:
         if name in RESERVED_KWARGS or name.endswith("prompt_embeds"):
             raise DistillError(
-                f"pipeline_kwargs may not hold {name!r}: distillation passes the prompts and sets "
-                f"{', '.join(RESERVED_KWARGS[1:])} itself."
+                f"pipeline_kwargs may not hold {name!r}: the prompts and "
+                f"{', '.join(RESERVED_KWARGS[1:])} are set by distillation itself."
             )
         if name not in parameters and not open_ended:
             raise DistillError(
@@ -248,49 +230,50 @@ def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None
             )
 
 
-def images_per_prompt(pipeline_kwargs: Mapping[str, Any]) -> int:
-    """How many rows of a batch stand beside each other for one prompt."""
-    return max(int(pipeline_kwargs.get(name) or 1) for name in _IMAGES_PER_PROMPT)
-
-
-def undecorated_call(pipe: Any) -> Callable[..., Any]:
-    """The pipeline's `__call__` from under its `torch.no_grad` decorator."""
-    call = getattr(type(pipe).__call__, "__wrapped__", None)
-    if call is None:
-        raise DistillError(
-            f"{type(pipe).__name__}.__call__ isn't decorated with torch.no_grad, as the pipelines "
-            "of diffusers are: gradients can't be led through it."
-        )
-    return call
-
-
-@contextmanager
-def _same_attention(denoiser: Any) -> Iterator[None]:
-    """Perturbed-attention guidance sets other processors, and leaves them if it is interrupted."""
-    before = dict(getattr(denoiser, "attn_processors", {}))
-    try:
-        yield
-    finally:
-        if getattr(denoiser, "attn_processors", {}) != before:
-            denoiser.set_attn_processor(before)
+def check_no_cache(pipe: Any) -> None:
+    """Refuse a denoiser that carries something over from one of its calls to the next."""
+    # All caches of diffusers are stateful hooks, whichever function put them there.
+    for name, denoiser in denoisers(pipe).items():
+        registries = [getattr(part, "_diffusers_hook", None) for part in denoiser.modules()]
+        hooks = {key: h for r in registries if r is not None for key, h in r.hooks.items()}
+        if stateful := sorted(key for key, hook in hooks.items() if hook._is_stateful):
+            config = getattr(denoiser, "_cache_config", None)
+            kind = ", ".join(stateful) if config is None else type(config).__name__
+            raise DistillError(
+                f"The {name} of this {type(pipe).__name__} has a cache ({kind}): it repeats parts "
+                f"of earlier predictions. Call pipe.{name}.disable_cache() first."
+            )
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """No progress bar of the pipeline's, and no warning of truncated prompts with every batch."""
-    from diffusers.utils import logging
+def frozen(pipe: Any, gradient_checkpointing: bool) -> Iterator[None]:
+    """Disable gradients and dropout of all components; afterwards they are as before."""
+    with ExitStack() as stack:
+        for module in pipe.components.values():
+            for part in module.modules() if isinstance(module, nn.Module) else ():
+                stack.callback(setattr, part, "training", part.training)
+                part.training = False
+                for parameter in part.parameters(recurse=False):
+                    stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                    parameter.requires_grad_(False)
+        for denoiser in denoisers(pipe).values():
+            for part in denoiser.modules():
+                # In eval mode, HiDream's experts predict by a method under `torch.no_grad`, and no
+                # gradient would pass through them.
+                methods = vars(type(part)).values()
+                part.training = any(getattr(m, "__code__", None) is _WITHOUT_GRAD for m in methods)
+            if gradient_checkpointing and not denoiser.is_gradient_checkpointing:
+                denoiser.enable_gradient_checkpointing()
+                stack.callback(denoiser.disable_gradient_checkpointing)
+        yield
 
-    verbosity = logging.get_verbosity()
-    bars = {part: part.__dict__.get("_progress_bar_config") for part in (pipe, *stages(pipe))}
-    logging.set_verbosity_error()
-    for part in bars:
-        part.set_progress_bar_config(disable=True)
+
+@contextmanager
+def evaluating(student: nn.Module) -> Iterator[None]:
+    """The student in eval mode; afterwards in the mode that it was in."""
+    training = student.training
+    student.eval()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        for part, bar in bars.items():
-            if bar is None:
-                del part._progress_bar_config
-            else:
-                part._progress_bar_config = bar
+        student.train(training)

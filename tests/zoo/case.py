@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
-from tiny import PROMPTS
+from tiny import PROMPTS, finish
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,16 @@ class Case:
 
     Attributes:
         name: of the class in diffusers.
-        build: makes the pipeline, on the CPU, in float32 and eval mode: `build(cls)`.
+        build: makes the pipeline, on the CPU, in float32: `build(cls)`.
         call: makes the arguments of a call beside prompt, generator and output_type, with images
             and all; at most 3 steps.
-        route: how a student is led through it: "gather" (its rows are put where the teacher's
+        route: how a student is led through it: "gather" (its embeddings are put where the teacher's
             stood), "fallback" (through the pipeline's own code), or "none" (it can't be distilled
             for).
         why: for "fallback" and "none": a part of what the library says of it.
         prompts: how many of `tiny.PROMPTS` go through it together, as some pipelines take one only;
             or which.
-        student: sizes of the student, where the pipeline asks for more than its rows' width.
+        student: sizes of the student, where the pipeline asks for more than its width.
         since: the version of diffusers from which the pipeline works beside transformers 5.
     """
 
@@ -49,7 +50,8 @@ class Case:
 
     def pipe(self) -> DiffusionPipeline:
         assert self.cls is not None
-        return self.build(self.cls)
+        torch.manual_seed(0)
+        return finish(self.build(self.cls))
 
     @property
     def texts(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,11 @@ from torch import Tensor
 
 import t5slim
 from t5slim.distill import capture
-from t5slim.distill.calls import call_encoder
-from t5slim.distill.fallback import predict_through_pipeline
 from t5slim.distill.pipeline import teacher_of
-from t5slim.distill.replay import predict, split_walk
-from t5slim.distill.teacher import PromptTable, encode_prompts
-from t5slim.distill.trace import NotAGather
-from t5slim.distill.walk import Walk
+from t5slim.distill.replay import Samples, predict, predict_through_pipeline, split_trajectory
+from t5slim.distill.teacher import TeacherEmbeddings, encode_prompts
 from t5slim.errors import DistillError
-from t5slim.slot import find_text_slot
+from t5slim.slot import TextSlot
 
 from .case import Case
 
@@ -29,40 +26,23 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one pipeline class; `row` is its line in docs/pipelines.md.
-
-    Attributes:
-        name: of the class.
-        slot: the component that holds its T5.
-        encoder: the class of it.
-        route: "gather", "fallback" or "none".
-        why: why not "gather", in the library's words.
-        calls: denoiser calls of a walk.
-        patched: the student changes what comes out, and unpatching gives the same again, bitwise.
-        replayed: with the teacher's own rows, each call's prediction is bitwise the recorded one.
-        gradient: norm of the loss' gradient in the student's weights.
-    """
+    """Of one pipeline class; `line` is its row of the table in docs/pipelines.md."""
 
     name: str
     slot: str
-    encoder: str
-    route: str
-    why: str
-    calls: int
-    patched: bool
-    replayed: bool
-    gradient: float
+    encoder: str  # its class
+    route: str  # "gather", "fallback" or "none"
+    why: str  # not "gather", in the library's words
+    calls: int  # of the denoiser, in a trajectory
+    patched: bool  # the student changes what comes out; unpatched, it is the same again, bitwise
+    replayed: bool  # with the teacher's own embeddings, each prediction is bitwise the recorded one
+    gradient: float  # norm of the loss' gradient in the student's weights
 
     @property
-    def row(self) -> str:
-        def tick(holds: bool) -> str:
-            return "yes" if holds else "no"
-
-        cells = (
-            f"`{self.name}`", f"`{self.slot}`", self.encoder.removesuffix("EncoderModel"),
-            tick(self.patched), tick(self.calls > 0), tick(self.replayed),
-            tick(self.gradient > 0), self.route, self.why,
-        )  # fmt: skip
+    def line(self) -> str:
+        encoder = self.encoder.removesuffix("EncoderModel")
+        route = f"{self.route}: {self.why}" if self.why else self.route
+        cells = (f"`{self.name}`", f"`{self.slot}`", encoder, route)
         return "| " + " | ".join(cells) + " |"
 
 
@@ -72,36 +52,46 @@ def measure(case: Case) -> Facts:
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
-    slot = find_text_slot(pipe)
-    encoder = type(getattr(pipe, slot.name)).__name__
-    student = tiny_student(pipe, **case.student)
-
-    teachers = latents(pipe, case, call)
+    slot, student = TextSlot(pipe), tiny_student(pipe, **case.student)
+    encoder, original = type(slot.encoder).__name__, latents(pipe, case, call)
     t5slim.patch_pipeline(pipe, student, keep_teacher=True)
     students = latents(pipe, case, call)
     t5slim.unpatch_pipeline(pipe)
-    patched = not torch.equal(students, teachers) and torch.equal(
-        latents(pipe, case, call), teachers
-    )
-    table = PromptTable()
+    again = latents(pipe, case, call)
+    patched = not torch.equal(students, original) and torch.equal(again, original)
+    about = (case.name, slot.name, encoder)
+    teacher = TeacherEmbeddings()
+    seeds = range(len(case.texts))  # a noise for each prompt, as in training
     try:
-        walk = capture(
-            pipe,
-            case.texts,
-            pipeline_kwargs=call,
-            seed=range(len(case.texts)),  # a noise for each prompt, as in training
-            encode=table.teacher_rows,
+        trajectory = capture(
+            pipe, case.texts, pipeline_kwargs=call, seed=seeds, encode=teacher.encode
         )
     except DistillError as reason:
-        return Facts(case.name, slot.name, encoder, "none", str(reason), 0, patched, False, 0.0)
-    calls = len(walk.denoiser_calls)
-    try:
-        replayed, gradient = _gather(pipe, walk, table, student)
-        route, why = "gather", ""
-    except NotAGather as reason:
-        replayed, gradient = _fallback(pipe, walk, student)
-        route, why = "fallback", str(reason)
-    return Facts(case.name, slot.name, encoder, route, why, calls, patched, replayed, gradient)
+        return Facts(*about, "none", str(reason), 0, patched, False, 0.0)
+    calls = split_trajectory(trajectory, teacher)
+    gather = isinstance(calls[0], Samples)
+
+    def predictions(embeddings_of: Callable[[list[int]], Tensor]) -> list[Tensor]:
+        if gather:  # a zeroed text has the index -1
+            texts = [embeddings_of([max(i, 0) for i in call.prompts]) for call in calls]
+            return [predict(pipe, call, text) for call, text in zip(calls, texts, strict=True)]
+        every = range(len(calls))
+        found = predict_through_pipeline(
+            pipe, trajectory, lambda *tokens: embeddings_of(teacher.add(*tokens)), every
+        )
+        return [found[i] for i in every]
+
+    with torch.no_grad():
+        replayed = predictions(lambda indices: teacher.get(teacher_of(pipe), indices, CPU))
+    own = predictions(lambda indices: encode_prompts(student, teacher, indices, CPU))
+    losses = [(p - call.target).square().mean() for p, call in zip(own, calls, strict=True)]
+    equal = all(torch.equal(p, call.target) for p, call in zip(replayed, calls, strict=True))
+    torch.stack(losses).mean().backward()
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+    assert torch.tensor(norm).isfinite()
+    route, why = ("gather", "") if gather else ("fallback", calls[0].trajectory.reason)
+    return Facts(*about, route, why, len(calls), patched, equal, norm)
 
 
 def latents(pipe: Any, case: Case, call: dict[str, Any]) -> Tensor:
@@ -110,10 +100,9 @@ def latents(pipe: Any, case: Case, call: dict[str, Any]) -> Tensor:
     if "content_prompt" in call:  # VisualCloze's second one
         call = call | {"content_prompt": [call["content_prompt"]] * len(case.texts)}
     takes = list(inspect.signature(type(pipe).__call__).parameters)
+    texts = case.texts if len(case.texts) > 1 else case.texts[0]
     more = {
-        "prompt" if "prompt" in takes else takes[1]: list(case.texts)
-        if len(case.texts) > 1
-        else case.texts[0],
+        "prompt" if "prompt" in takes else takes[1]: texts,
         "generator": torch.Generator().manual_seed(0),
         "output_type": "latent",
     }
@@ -121,38 +110,3 @@ def latents(pipe: Any, case: Case, call: dict[str, Any]) -> Tensor:
     if isinstance(output, (list, tuple)):
         output = torch.stack([torch.as_tensor(part) for part in output])
     return torch.as_tensor(output).float()
-
-
-def _gather(pipe: Any, walk: Walk, table: PromptTable, student: Any) -> tuple[bool, float]:
-    calls = split_walk(pipe, walk, table)
-    replayed, losses = True, []
-    for rows in calls:
-        prompts = [max(number, 0) for number in rows.prompts]  # of a zeroed text: any
-        with torch.no_grad():
-            same = predict(pipe, rows, table.rows(teacher_of(pipe), prompts, CPU))
-        replayed = replayed and torch.equal(same, rows.target)
-        embeddings = encode_prompts(student, table, prompts, CPU)
-        losses.append((predict(pipe, rows, embeddings) - rows.target).square().mean())
-    return replayed, _gradient(losses, student)
-
-
-def _fallback(pipe: Any, walk: Walk, student: Any) -> tuple[bool, float]:
-    every = range(len(walk.denoiser_calls))
-    teachers = iter([call.rows for call in walk.slot_calls])
-    with torch.no_grad():
-        same = predict_through_pipeline(pipe, walk, lambda ids, mask: next(teachers), every)
-    replayed = all(torch.equal(same[i], walk.denoiser_calls[i].target) for i in every)
-    theirs = predict_through_pipeline(
-        pipe, walk, lambda ids, mask: call_encoder(student, ids, mask), every
-    )
-    losses = [(theirs[i] - walk.denoiser_calls[i].target).square().mean() for i in every]
-    return replayed, _gradient(losses, student)
-
-
-def _gradient(losses: list[Tensor], student: Any) -> float:
-    gradients = torch.autograd.grad(
-        torch.stack(losses).mean(), list(student.parameters()), allow_unused=True
-    )
-    found = [gradient for gradient in gradients if gradient is not None]
-    assert all(gradient.isfinite().all() for gradient in found)
-    return float(torch.stack([gradient.norm() for gradient in found]).norm())

@@ -15,11 +15,11 @@ from diffusers import (
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from tiny import (
     TEXT_WIDTH,
-    _finish,
     autoencoder,
     call_kwargs,
     clip_encoder,
     clip_tokenizer,
+    finish,
     t5_encoder,
     t5_tokenizer,
     tiny_chroma,
@@ -39,7 +39,7 @@ CONTROLNET_READS_T5 = "controlnet_block_samples/0 depends on T5's output"
 
 def flux(cls: Cls, channels: int = LATENT, **more: Any) -> DiffusionPipeline:
     """`channels`: those of the latents, and of what stands beside them."""
-    return _finish(cls(**_components(channels), **more))
+    return cls(**_components(channels), **more)
 
 
 def _components(channels: int = LATENT) -> dict[str, Any]:
@@ -59,25 +59,22 @@ def controlled(cls: Cls) -> DiffusionPipeline:
         num_attention_heads=2, joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=16,
         guidance_embeds=True, axes_dims_rope=[4, 4, 8],
     )  # fmt: skip
-    return _finish(cls(**components, controlnet=controlnet))
+    return cls(**components, controlnet=controlnet)
 
 
 def redux(cls: Cls) -> DiffusionPipeline:
-    torch.manual_seed(0)
     config = SiglipVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         image_size=16, patch_size=8,
     )  # fmt: skip
-    return _finish(
-        cls(
-            image_encoder=SiglipVisionModel(config),
-            feature_extractor=SiglipImageProcessor(size={"height": 16, "width": 16}),
-            image_embedder=ReduxImageEncoder(redux_dim=16, txt_in_features=TEXT_WIDTH),
-            text_encoder=clip_encoder(),
-            tokenizer=clip_tokenizer(),
-            text_encoder_2=t5_encoder(),
-            tokenizer_2=t5_tokenizer(),
-        )
+    return cls(
+        image_encoder=SiglipVisionModel(config),
+        feature_extractor=SiglipImageProcessor(size={"height": 16, "width": 16}),
+        image_embedder=ReduxImageEncoder(redux_dim=16, txt_in_features=TEXT_WIDTH),
+        text_encoder=clip_encoder(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
     )
 
 
@@ -93,7 +90,7 @@ def chroma(cls: Cls) -> DiffusionPipeline:
     components = tiny_chroma().components
     # The key of FLUX's config that ChromaInpaintPipeline reads, and Chroma's own class hasn't.
     components["transformer"].register_to_config(guidance_embeds=False)
-    return _finish(cls(**components))
+    return cls(**components)
 
 
 def chroma_call(**more: Any) -> dict[str, Any]:
@@ -102,7 +99,7 @@ def chroma_call(**more: Any) -> dict[str, Any]:
 
 def bria(cls: Cls) -> DiffusionPipeline:
     torch.manual_seed(0)
-    return _finish(
+    return finish(
         cls(
             transformer=BriaTransformer2DModel(
                 patch_size=1, in_channels=LATENT, num_layers=1, num_single_layers=1,

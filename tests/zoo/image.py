@@ -24,7 +24,6 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
-from PIL import Image
 from tiny import (
     MAX_TOKENS,
     TEXT_WIDTH,
@@ -37,7 +36,6 @@ from tiny import (
     tiny_pixart_sigma,
     umt5_encoder,
 )
-from tiny import _finish as finish
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     BertConfig,
@@ -53,7 +51,7 @@ from transformers import (
 )
 
 from .case import Case
-from .pictures import mask, picture
+from .pictures import mask, picture, pictures
 
 Cls = type[DiffusionPipeline]
 QUOTED = ('a sign that says "hi"', 'a "red" circle')  # for those that let T5 read quotations only
@@ -63,22 +61,17 @@ CALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def pictures(size: int = 16) -> list[Image.Image]:
-    """One for each prompt."""
-    return [picture(seed, size) for seed in range(2)]
-
-
 def loud(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Of a fresh denoiser of these, the text would change no more than a hundredth."""
     with torch.no_grad():
         for parameter in pipe.transformer.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(2)
-    return finish(pipe)
+    return pipe
 
 
 def pixart(cls: Cls) -> DiffusionPipeline:
-    return finish(cls(**tiny_pixart_sigma().components))
+    return cls(**tiny_pixart_sigma().components)
 
 
 def pixart_call(**more: Any) -> dict[str, Any]:
@@ -86,7 +79,6 @@ def pixart_call(**more: Any) -> dict[str, Any]:
 
 
 def hunyuan_dit(cls: Cls, **more: Any) -> DiffusionPipeline:
-    torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "sample_size": 8, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 3,
         "in_channels": 4, "cross_attention_dim": 24, "cross_attention_dim_t5": TEXT_WIDTH,
@@ -126,7 +118,6 @@ def hunyuan_dit_call(**more: Any) -> dict[str, Any]:
 
 
 def aura_flow(cls: Cls) -> DiffusionPipeline:
-    torch.manual_seed(0)
     return loud(
         cls(
             tokenizer=t5_tokenizer(),
@@ -143,7 +134,6 @@ def aura_flow(cls: Cls) -> DiffusionPipeline:
 
 
 def cogview3(cls: Cls) -> DiffusionPipeline:
-    torch.manual_seed(0)
     return loud(
         cls(
             tokenizer=t5_tokenizer(),
@@ -161,27 +151,23 @@ def cogview3(cls: Cls) -> DiffusionPipeline:
 
 def glm_image(cls: Cls) -> DiffusionPipeline:
     """Without the language model that draws `prior_token_ids`: the call brings some."""
-    torch.manual_seed(0)
     vae = autoencoder(4)
-    return finish(
-        cls(
-            tokenizer=ByT5Tokenizer(),
-            processor=None,
-            text_encoder=t5_encoder(vocab_size=384),
-            vision_language_encoder=None,
-            vae=vae,
-            transformer=GlmImageTransformer2DModel(
-                in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
-                num_attention_heads=2, text_embed_dim=TEXT_WIDTH, time_embed_dim=8,
-                condition_dim=4, prior_vq_quantizer_codebook_size=16,
-            ),
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-        )
+    return cls(
+        tokenizer=ByT5Tokenizer(),
+        processor=None,
+        text_encoder=t5_encoder(vocab_size=384),
+        vision_language_encoder=None,
+        vae=vae,
+        transformer=GlmImageTransformer2DModel(
+            in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+            num_attention_heads=2, text_embed_dim=TEXT_WIDTH, time_embed_dim=8,
+            condition_dim=4, prior_vq_quantizer_codebook_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
     )  # fmt: skip
 
 
 def hidream(cls: Cls) -> DiffusionPipeline:
-    torch.manual_seed(0)
     tokenizer = t5_tokenizer()
     llama = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
@@ -210,7 +196,6 @@ def hidream(cls: Cls) -> DiffusionPipeline:
 
 
 def hunyuan_image(cls: Cls) -> DiffusionPipeline:
-    torch.manual_seed(0)
     alphabet = sorted(ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*alphabet, "<|endoftext|>"])}
     qwen = Qwen2_5_VLConfig(
@@ -245,41 +230,38 @@ def hunyuan_image(cls: Cls) -> DiffusionPipeline:
     # Lengths that aren't in the components' configs; the template alone has 190 bytes.
     pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = ": {}", 1
     pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 24, 24
-    return finish(pipe)
+    return pipe
 
 
 def deepfloyd(cls: Cls) -> DiffusionPipeline:
-    torch.manual_seed(0)
     larger = "SuperResolution" in cls.__name__
     more: dict[str, Any] = {}
     unet: dict[str, Any] = {}
     if larger:
         more = {"image_noising_scheduler": DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
         unet = {"class_embed_type": "timestep", "in_channels": 6}
-    return finish(
-        cls(
-            tokenizer=t5_tokenizer(),
-            text_encoder=t5_encoder(),
-            unet=UNet2DConditionModel(
-                **{"sample_size": 16, "in_channels": 3, "out_channels": 6} | unet,
-                layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-                down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-                mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-                up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-                cross_attention_dim=32, encoder_hid_dim=TEXT_WIDTH, attention_head_dim=8,
-                addition_embed_type="text", addition_embed_type_num_heads=2, act_fn="gelu",
-                cross_attention_norm="group_norm", resnet_time_scale_shift="scale_shift",
-            ),
-            scheduler=DDPMScheduler(
-                beta_schedule="squaredcos_cap_v2", variance_type="learned_range",
-                thresholding=True, dynamic_thresholding_ratio=0.95, sample_max_value=1.0,
-            ),
-            safety_checker=None,
-            feature_extractor=None,
-            watermarker=None,
-            requires_safety_checker=False,
-            **more,
-        )
+    return cls(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        unet=UNet2DConditionModel(
+            **{"sample_size": 16, "in_channels": 3, "out_channels": 6} | unet,
+            layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            cross_attention_dim=32, encoder_hid_dim=TEXT_WIDTH, attention_head_dim=8,
+            addition_embed_type="text", addition_embed_type_num_heads=2, act_fn="gelu",
+            cross_attention_norm="group_norm", resnet_time_scale_shift="scale_shift",
+        ),
+        scheduler=DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2", variance_type="learned_range",
+            thresholding=True, dynamic_thresholding_ratio=0.95, sample_max_value=1.0,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+        **more,
     )  # fmt: skip
 
 
@@ -288,22 +270,19 @@ def deepfloyd_call(**more: Any) -> dict[str, Any]:
 
 
 def kandinsky3(cls: Cls) -> DiffusionPipeline:
-    torch.manual_seed(0)
-    return finish(
-        cls(
-            tokenizer=t5_tokenizer(),
-            text_encoder=t5_encoder(),
-            unet=Kandinsky3UNet(
-                time_embedding_dim=4, groups=2, attention_head_dim=4, layers_per_block=3,
-                block_out_channels=(8, 16), cross_attention_dim=4, encoder_hid_dim=TEXT_WIDTH,
-            ),
-            scheduler=DDPMScheduler(),
-            movq=VQModel(
-                block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
-                num_vq_embeddings=12, vq_embed_dim=4,
-            ),
-        )
+    return cls(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        unet=Kandinsky3UNet(
+            time_embedding_dim=4, groups=2, attention_head_dim=4, layers_per_block=3,
+            block_out_channels=(8, 16), cross_attention_dim=4, encoder_hid_dim=TEXT_WIDTH,
+        ),
+        scheduler=DDPMScheduler(),
+        movq=VQModel(
+            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+            num_vq_embeddings=12, vq_embed_dim=4,
+        ),
     )  # fmt: skip
 
 
@@ -339,27 +318,23 @@ CASES = [
         student={"d_model": TEXT_WIDTH},  # the width of the zeros for prompts without quotation
     ),
     Case("IFPipeline", deepfloyd, deepfloyd_call),
-    Case(
-        "IFImg2ImgPipeline",
-        deepfloyd,
-        lambda: deepfloyd_call(image=pictures(), strength=1.0),
-    ),
+    Case("IFImg2ImgPipeline", deepfloyd, lambda: deepfloyd_call(image=pictures(), strength=1.0)),
     Case(
         "IFInpaintingPipeline",
         deepfloyd,
-        lambda: deepfloyd_call(image=pictures(), mask_image=[mask(), mask()]),
+        lambda: deepfloyd_call(image=pictures(), mask_image=[mask()] * 2),
     ),
-    Case("IFSuperResolutionPipeline", deepfloyd, lambda: deepfloyd_call(image=pictures(8))),
+    Case("IFSuperResolutionPipeline", deepfloyd, lambda: deepfloyd_call(image=pictures(size=8))),
     Case(
         "IFImg2ImgSuperResolutionPipeline",
         deepfloyd,
-        lambda: deepfloyd_call(image=pictures(8), original_image=pictures(), strength=1.0),
+        lambda: deepfloyd_call(image=pictures(size=8), original_image=pictures(), strength=1.0),
     ),
     Case(
         "IFInpaintingSuperResolutionPipeline",
         deepfloyd,
         lambda: deepfloyd_call(
-            image=pictures(8), original_image=pictures(), mask_image=[mask(), mask()], strength=1.0
+            image=pictures(size=8), original_image=pictures(), mask_image=[mask()] * 2, strength=1.0
         ),
     ),
     Case("Kandinsky3Pipeline", kandinsky3, lambda: CALL),
@@ -367,7 +342,10 @@ CASES = [
         "Kandinsky3Img2ImgPipeline",
         kandinsky3,
         lambda: {
-            "image": picture(), "num_inference_steps": 2, "guidance_scale": 4.0, "strength": 1.0,
+            "image": picture(),
+            "num_inference_steps": 2,
+            "guidance_scale": 4.0,
+            "strength": 1.0,
         },
     ),
-]  # fmt: skip
+]

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline, SD3ControlNetModel
-from tiny import _finish, call_kwargs, tiny_sd3
+from tiny import call_kwargs, tiny_sd3
 
 from .case import Case
 from .pictures import mask, picture
@@ -21,7 +21,7 @@ def sd3(cls: Cls, channels: int = 4, **more: Any) -> DiffusionPipeline:
     components = tiny_sd3(channels=channels).components
     # Without the image encoder of IP-Adapters, which some of the classes don't take.
     given = {name: module for name, module in components.items() if module is not None}
-    return _finish(cls(**given, **more))
+    return cls(**given, **more)
 
 
 def sd3_call(**more: Any) -> dict[str, Any]:

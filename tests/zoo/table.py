@@ -1,7 +1,7 @@
 """Writes docs/pipelines.md out of what is measured on each pipeline class.
 
 python tests/zoo/table.py                          # all
-python tests/zoo/table.py FluxPipeline WanPipeline # print the rows of some
+python tests/zoo/table.py FluxPipeline WanPipeline # print the lines of some
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ Every pipeline class of diffusers {version} with a T5 or UMT5 in a text slot, bu
 own real components and measured by `python tests/zoo/table.py`, which writes this page;
 `pytest tests/test_every_pipeline.py` measures again and compares.
 
-- **patch**: a student changes what the pipeline makes, and `unpatch_pipeline` gives back the same
-  as before, bitwise.
-- **capture**: the teacher's walk is recorded.
-- **replay**: with the teacher's own rows, each denoiser call predicts bitwise what it did.
-- **gradient**: the loss reaches the student's weights.
-- **route**: `gather` puts the student's rows where the teacher's stood in the denoiser's
-  arguments; `fallback` leads the student through the pipeline's own code, and the last column says
-  why ([how both work](architecture.md#how-a-distillation-goes)).
+For each class, a student changes what the pipeline generates, and `unpatch_pipeline` restores it,
+bitwise. Wherever there is a route for distillation, each denoiser call predicts bitwise what it did
+when it is given the teacher's own embeddings, and the loss reaches the student's weights:
+
+- **gather**: the student's embeddings replace the teacher's in the denoiser's arguments.
+- **fallback**: the student runs through the pipeline's own code, for the reason that follows
+  ([how both work](architecture.md)).
 
 {count} classes; {distilled} of them can be distilled for.
 
-| pipeline | slot | encoder | patch | capture | replay | gradient | route | why |
-|---|---|---|---|---|---|---|---|---|
+| pipeline | slot | encoder | route |
+|---|---|---|---|
 """
 
 
@@ -47,16 +46,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     names = sys.argv[1:] or sorted(name for name, case in CASES.items() if case.cls is not None)
     facts: list[Facts] = [measure(CASES[name]) for name in tqdm(names, "pipelines")]
-    rows = [one.row for one in facts]
+    lines = [one.line for one in facts]
     if sys.argv[1:]:
-        print("\n".join(rows))
+        print("\n".join(lines))
         return
     head = HEAD.format(
         version=diffusers.__version__,
         count=len(facts) + len(NOT_COVERED),
         distilled=sum(one.route != "none" for one in facts),
     )
-    text = head + "\n".join(rows) + "\n"
+    text = head + "\n".join(lines) + "\n"
     if NOT_COVERED:
         text += "\nNot covered:\n\n"
         text += "".join(f"- `{name}`: {why}\n" for name, why in sorted(NOT_COVERED.items()))

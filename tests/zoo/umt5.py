@@ -7,11 +7,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from tiny import TEXT_WIDTH, _finish, t5_tokenizer, umt5_encoder
+from tiny import TEXT_WIDTH, finish, t5_tokenizer, umt5_encoder
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from .case import Case
-from .video import call, frames
+from .pictures import pictures as frames
+from .video import call
 
 SHAPE: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "text_dim": TEXT_WIDTH,
@@ -55,7 +56,7 @@ def wan(
             "transformer_2": getattr(diffusers, denoiser)(**shape),
             "boundary_ratio": 0.9,
         }
-    return _finish(cls(**components))
+    return finish(cls(**components))
 
 
 def skyreels(cls: type[DiffusionPipeline], **shape: Any) -> DiffusionPipeline:
@@ -130,18 +131,14 @@ CASES = [
     Case(
         "AnyFlowPipeline",
         lambda cls: wan(
-            cls,
-            "AnyFlowTransformer3DModel",
-            scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
+            cls, "AnyFlowTransformer3DModel", scheduler=diffusers.FlowMapEulerDiscreteScheduler()
         ),
         from_text,
     ),
     Case(
         "AnyFlowFARPipeline",
         lambda cls: wan(
-            cls,
-            "AnyFlowFARTransformer3DModel",
-            scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
+            cls, "AnyFlowFARTransformer3DModel", scheduler=diffusers.FlowMapEulerDiscreteScheduler()
         ),
         lambda: call(num_frames=5, chunk_partition=[2]),  # one chunk; see first_tensor
     ),

@@ -10,11 +10,9 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
-from PIL import Image
 from tiny import (
     MAX_TOKENS,
     TEXT_WIDTH,
-    _finish,
     autoencoder,
     call_kwargs,
     t5_encoder,
@@ -33,12 +31,7 @@ from transformers import (
 )
 
 from .case import Case
-
-
-def frames(count: int, size: int) -> list[Image.Image]:
-    """Noise for a video of `count` square frames."""
-    pixels = torch.randint(256, (count, size, size, 3), generator=torch.Generator().manual_seed(0))
-    return [Image.fromarray(frame) for frame in pixels.to(torch.uint8).numpy()]
+from .pictures import pictures as frames
 
 
 def call(size: int = 16, **more: Any) -> dict[str, Any]:
@@ -56,37 +49,31 @@ def text() -> dict[str, Any]:
 
 
 def allegro(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
-    torch.manual_seed(0)
-    return _finish(
-        cls(
-            **text(),
-            vae=diffusers.AutoencoderKLAllegro(
-                block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1,
-                norm_num_groups=2,
-            ),
-            transformer=diffusers.AllegroTransformer3DModel(
-                num_attention_heads=2, attention_head_dim=12, num_layers=1, cross_attention_dim=24,
-                caption_channels=TEXT_WIDTH, sample_width=2, sample_height=2, sample_frames=2,
-            ),
-            scheduler=diffusers.DDIMScheduler(),
-        )
+    return cls(
+        **text(),
+        vae=diffusers.AutoencoderKLAllegro(
+            block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1,
+            norm_num_groups=2,
+        ),
+        transformer=diffusers.AllegroTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, num_layers=1, cross_attention_dim=24,
+            caption_channels=TEXT_WIDTH, sample_width=2, sample_height=2, sample_frames=2,
+        ),
+        scheduler=diffusers.DDIMScheduler(),
     )  # fmt: skip
 
 
 def latte(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
-    torch.manual_seed(0)
-    return _finish(
-        cls(
-            **text(),
-            vae=autoencoder(4),
-            transformer=diffusers.LatteTransformer3DModel(
-                sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8,
-                num_attention_heads=3, caption_channels=TEXT_WIDTH, in_channels=4, out_channels=8,
-                cross_attention_dim=24, attention_bias=True, norm_type="ada_norm_single",
-                norm_elementwise_affine=False, norm_eps=1e-6, video_length=2,
-            ),
-            scheduler=diffusers.DDIMScheduler(),
-        )
+    return cls(
+        **text(),
+        vae=autoencoder(4),
+        transformer=diffusers.LatteTransformer3DModel(
+            sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8,
+            num_attention_heads=3, caption_channels=TEXT_WIDTH, in_channels=4, out_channels=8,
+            cross_attention_dim=24, attention_bias=True, norm_type="ada_norm_single",
+            norm_elementwise_affine=False, norm_eps=1e-6, video_length=2,
+        ),
+        scheduler=diffusers.DDIMScheduler(),
     )  # fmt: skip
 
 
@@ -97,22 +84,19 @@ def latte_call() -> dict[str, Any]:
 
 
 def mochi(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
-    torch.manual_seed(0)
-    return _finish(
-        cls(
-            **text(),
-            vae=diffusers.AutoencoderKLMochi(
-                encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
-                layers_per_block=(1, 1, 1, 1, 1),
-            ),
-            transformer=diffusers.MochiTransformer3DModel(
-                num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=12,
-                pooled_projection_dim=16, text_embed_dim=TEXT_WIDTH, time_embed_dim=4,
-                max_sequence_length=MAX_TOKENS,
-            ),
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-            force_zeros_for_empty_prompt=True,  # as published: the ids of "" are zeros, masked out
-        )
+    return cls(
+        **text(),
+        vae=diffusers.AutoencoderKLMochi(
+            encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
+            layers_per_block=(1, 1, 1, 1, 1),
+        ),
+        transformer=diffusers.MochiTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=12,
+            pooled_projection_dim=16, text_embed_dim=TEXT_WIDTH, time_embed_dim=4,
+            max_sequence_length=MAX_TOKENS,
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        force_zeros_for_empty_prompt=True,  # as published: the ids of "" are zeros, masked out
     )  # fmt: skip
 
 
@@ -137,34 +121,28 @@ def cogvideox(
     cls: type[DiffusionPipeline], conditioned: bool = False, **changes: Any
 ) -> DiffusionPipeline:
     """`conditioned`: latents of an image or video are joined to x_t's channels."""
-    torch.manual_seed(0)
-    return _finish(
-        cls(
-            **text(),
-            vae=cogvideox_vae(),
-            transformer=diffusers.CogVideoXTransformer3DModel(
-                **COGVIDEOX_SHAPE | changes, in_channels=8 if conditioned else 4
-            ),
-            scheduler=diffusers.CogVideoXDDIMScheduler(),
-        )
+    return cls(
+        **text(),
+        vae=cogvideox_vae(),
+        transformer=diffusers.CogVideoXTransformer3DModel(
+            **COGVIDEOX_SHAPE | changes, in_channels=8 if conditioned else 4
+        ),
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
     )
 
 
 def consisid(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
-    torch.manual_seed(0)
-    return _finish(
-        cls(
-            **text(),
-            vae=cogvideox_vae(),
-            transformer=diffusers.ConsisIDTransformer3DModel(
-                **COGVIDEOX_SHAPE, in_channels=8, use_learned_positional_embeddings=True,
-                is_train_face=True, cross_attn_interval=1, cross_attn_dim_head=4,
-                cross_attn_num_heads=1, LFE_id_dim=2, LFE_vit_dim=2, LFE_depth=1, LFE_dim_head=4,
-                LFE_num_heads=1, LFE_num_id_token=1, LFE_num_querie=1, LFE_output_dim=21,
-                LFE_ff_mult=1, LFE_num_scale=1,
-            ),
-            scheduler=diffusers.CogVideoXDPMScheduler(),
-        )
+    return cls(
+        **text(),
+        vae=cogvideox_vae(),
+        transformer=diffusers.ConsisIDTransformer3DModel(
+            **COGVIDEOX_SHAPE, in_channels=8, use_learned_positional_embeddings=True,
+            is_train_face=True, cross_attn_interval=1, cross_attn_dim_head=4,
+            cross_attn_num_heads=1, LFE_id_dim=2, LFE_vit_dim=2, LFE_depth=1, LFE_dim_head=4,
+            LFE_num_heads=1, LFE_num_id_token=1, LFE_num_querie=1, LFE_output_dim=21,
+            LFE_ff_mult=1, LFE_num_scale=1,
+        ),
+        scheduler=diffusers.CogVideoXDPMScheduler(),
     )  # fmt: skip
 
 
@@ -192,7 +170,6 @@ def cosmos(
     cls: type[DiffusionPipeline], conditioned: bool = False, second: bool = False
 ) -> DiffusionPipeline:
     """`conditioned`: a channel says which frames are given. `second`: Cosmos-Predict2."""
-    torch.manual_seed(0)
     channels = 16 if second else 4
     vae: Any = diffusers.AutoencoderKLCosmos(
         latent_channels=4, encoder_block_out_channels=(4, 4, 4, 4), num_layers=1,
@@ -206,19 +183,17 @@ def cosmos(
     if second:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
         vae = diffusers.AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    return _finish(
-        cls(
-            **text(),
-            vae=vae,
-            transformer=diffusers.CosmosTransformer3DModel(
-                in_channels=channels + conditioned, out_channels=channels, num_attention_heads=2,
-                attention_head_dim=16, num_layers=1, mlp_ratio=2, text_embed_dim=TEXT_WIDTH,
-                adaln_lora_dim=4, max_size=(4, 32, 32),
-                concat_padding_mask=False,  # which would be resized with torchvision
-            ),
-            scheduler=scheduler,
-            safety_checker=SafetyChecker(),
-        )
+    return cls(
+        **text(),
+        vae=vae,
+        transformer=diffusers.CosmosTransformer3DModel(
+            in_channels=channels + conditioned, out_channels=channels, num_attention_heads=2,
+            attention_head_dim=16, num_layers=1, mlp_ratio=2, text_embed_dim=TEXT_WIDTH,
+            adaln_lora_dim=4, max_size=(4, 32, 32),
+            concat_padding_mask=False,  # which would be resized with torchvision
+        ),
+        scheduler=scheduler,
+        safety_checker=SafetyChecker(),
     )  # fmt: skip
 
 
@@ -231,7 +206,6 @@ def cosmos_call(**more: Any) -> dict[str, Any]:
 
 def hunyuan_video_15(cls: type[DiffusionPipeline], image: bool = False) -> DiffusionPipeline:
     """Its T5 is a ByT5 that reads what stands between quotation marks, and nothing else."""
-    torch.manual_seed(0)
     alphabet = sorted(ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[])
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -277,7 +251,7 @@ def hunyuan_video_15(cls: type[DiffusionPipeline], image: bool = False) -> Diffu
     pipe.system_message, pipe.prompt_template_encode_start_idx = "a", 1
     pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 16, 24
     pipe.vision_num_semantic_tokens = 4
-    return _finish(pipe)
+    return pipe
 
 
 GLYPHS = ('a sign that says "hi"', 'the "red" sign')
@@ -287,7 +261,7 @@ GLYPHS = ('a sign that says "hi"', 'the "red" sign')
 
 
 def ltx(cls: type[DiffusionPipeline], **changes: Any) -> DiffusionPipeline:
-    return _finish(cls(**tiny_ltx().components | changes))
+    return cls(**tiny_ltx().components | changes)
 
 
 def ltx_call(**more: Any) -> dict[str, Any]:
@@ -356,7 +330,7 @@ CASES = [
             cond_image=frames(1, 32)[0], num_frames=33, temporal_tile_size=24, temporal_overlap=8
         ),
         route="fallback",
-        why="one tensor of T5's rows serves the whole batch",
+        why="one tensor of T5's embeddings serves the whole batch",
     ),
     Case("LattePipeline", latte, latte_call),
     Case("MochiPipeline", mochi, lambda: call(num_frames=7)),

@@ -1,0 +1,360 @@
+"""The teacher's trajectories: the denoiser's arguments and predictions as the pipeline runs.
+
+The same run finds out where T5's token embeddings stand in the denoiser's arguments. Nearly every
+pipeline only copies them: repeats them for several images, concatenates those of a prompt and a
+negative prompt, pads or prefixes them. So T5's slot returns embeddings that carry an index, and
+whenever the denoiser is called, the teacher's embeddings are put in the place of these codes.
+A pipeline that does more than copying is told by a guard, and captured without codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import DistillError
+from .calls import (
+    Path,
+    call_denoiser,
+    call_encoder,
+    first_tensor,
+    map_tensors,
+    tensors_in,
+    with_first_tensor,
+)
+from .pipeline import Encode, check_no_cache, denoisers, images_of, run_pipeline
+
+# Codes have digits from 1 to 16: integers that bfloat16 and float16 hold exactly, and none of them
+# is the 0 of a padding. Five digits count a million token embeddings.
+_BASE, _DIGITS = 16, 5
+_FALLBACK = "fallback"  # in `layouts`: why this pipeline is captured without codes
+
+Predict = Callable[[int, Callable[..., Any], dict[str, Any]], Tensor]  # index, forward, kwargs
+
+
+class NotAGather(DistillError):
+    """The pipeline does more with T5's embeddings than copying them: the fallback serves it."""
+
+
+@dataclass(frozen=True)
+class EncoderCall:
+    """One call of the encoder in the text slot."""
+
+    input_ids: Tensor  # (B, S) int64
+    attention_mask: Tensor | None  # (B, S); FLUX.1, SD3 and LTX pass none
+    embeddings: Tensor  # (B, S, D), the teacher's output in its own dtype
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """One call of the denoiser."""
+
+    denoiser: str  # the component, such as `transformer`
+    kwargs: dict[str, Any]  # every argument; tensors are copies, one if calls share it (the text)
+    output: Any  # what `forward` returned
+    # For each tensor that holds token embeddings of T5: int64 of its shape without the channels,
+    # which of all token embeddings of the trajectory stands there, or -1. Empty without codes.
+    sources: dict[Path, Tensor]
+
+    @property
+    def target(self) -> Tensor:
+        """The teacher's prediction, (N, ...): a sample for each prompt, or two under CFG."""
+        return first_tensor(self.output)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The teacher's trajectories for a batch of prompts, and what it takes to run them again.
+
+    Attributes:
+        prompts, pipeline_kwargs, seed, zero_pooled: As passed to `capture`.
+        encoder_calls, denoiser_calls: In their order.
+        images: That the pipeline generated, if they were decoded and it makes images.
+        batch_dims: For each denoiser call, the batch dimension of each tensor by path; None for a
+            tensor without one. None if the pipeline isn't a gather, for the `reason` that follows.
+        reason: Why T5's embeddings can't be replaced in the denoiser's arguments, or "".
+    """
+
+    prompts: tuple[str, ...]
+    pipeline_kwargs: dict[str, Any]
+    seed: int | Sequence[int]
+    zero_pooled: bool
+    encoder_calls: tuple[EncoderCall, ...] = ()
+    denoiser_calls: tuple[DenoiserCall, ...] = ()
+    images: tuple[Image.Image, ...] = ()
+    batch_dims: list[dict[Path, int | None]] | None = None
+    reason: str = ""
+
+    def run(self, pipe: Any, **options: Any) -> Any:
+        """`run_pipeline` as for this trajectory."""
+        options |= {"zero_pooled": self.zero_pooled}
+        return run_pipeline(pipe, self.prompts, self.pipeline_kwargs, self.seed, **options)
+
+    @property
+    def denoiser_samples(self) -> int:
+        """The number of samples that the denoiser predicted: the cost of this capture."""
+        return sum(len(call.target) for call in self.denoiser_calls)
+
+
+def capture(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+    seed: int | Sequence[int] = 0,
+    zero_pooled: bool = False,
+    encode: Encode | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    decode: bool = False,
+    layouts: dict[Any, Any] | None = None,
+) -> Trajectory:
+    """Run `pipe` on a batch of prompts and record its denoiser calls.
+
+    Args:
+        pipe: A pipeline with a T5 in its text slot.
+        prompts: The batch, B prompts.
+        pipeline_kwargs: How to call the pipeline: `height`, `width`, `num_inference_steps`,
+            `guidance_scale`, `max_sequence_length`, ... A `negative_prompt` is one string.
+        seed: Of all noise: one for the batch, or one for each prompt, whose noise then doesn't
+            depend on its batch.
+        zero_pooled: Replace `pooled_projections` by zeros, where the denoiser takes them (section 4
+            of arXiv 2503.19897: T5's embeddings, and not CLIP's vector, must carry the prompt).
+        encode: Called in place of the encoder's `forward`, as `encode(forward, input_ids,
+            attention_mask)`; returns (B, S, D). Default: the encoder itself.
+        autocast_dtype: Run the denoiser, and nothing else, under autocast to this dtype. Its output
+            is cast back, or schedulers would pass the dtype on to x_t.
+        decode: Also decode the images.
+        layouts: What was found out about earlier trajectories of this pipeline, and is added to.
+            For a batch of the same shapes, the guard isn't run again, which costs two runs of the
+            pipeline without its denoiser.
+
+    Returns:
+        The trajectory. The pipeline is as it was.
+
+    Raises:
+        NoT5SlotError: The pipeline has no T5.
+        DistillError: The pipeline doesn't take these `pipeline_kwargs`, or doesn't call its
+            denoiser; or that has a cache.
+    """
+    check_no_cache(pipe)
+    layouts = {} if layouts is None else layouts
+    request = Trajectory(tuple(prompts), dict(pipeline_kwargs or {}), seed, zero_pooled)
+    record = partial(_record, pipe, request, encode or call_encoder, autocast_dtype, decode)
+    if _FALLBACK not in layouts:
+        try:
+            trajectory = record(coded=True)
+            key = _shapes(trajectory)
+            if key not in layouts:
+                _check_gather(pipe, trajectory)
+                layouts[key] = _batch_dims(pipe, trajectory)
+            return replace(trajectory, batch_dims=layouts[key])
+        except NotAGather as reason:
+            layouts[_FALLBACK] = str(reason)
+    return replace(record(coded=False), reason=layouts[_FALLBACK])
+
+
+def run_again(
+    pipe: Any, trajectory: Trajectory, encode: Encode, predict: Predict, grad: bool = False
+) -> None:
+    """Run a pipeline as in a trajectory, with `predict(i, forward, kwargs)` in denoiser call i.
+
+    If that repeats the recorded prediction, this costs the pipeline's own code alone.
+    """
+    calls = iter(enumerate(trajectory.denoiser_calls))
+
+    def denoise(name: str, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        i, recorded = next(calls, (0, None))
+        if recorded is None or recorded.denoiser != name:
+            raise NotAGather("the calls of its denoiser depend on T5's output")
+        return with_first_tensor(recorded.output, predict(i, forward, kwargs))
+
+    trajectory.run(pipe, encode=encode, denoise=denoise, grad=grad)
+    if any(calls):
+        raise NotAGather("the calls of its denoiser depend on T5's output")
+
+
+def _record(
+    pipe: Any, request: Trajectory, encode: Encode, autocast_dtype: Any, decode: bool, coded: bool
+) -> Trajectory:
+    """Record the requested trajectory, with T5's embeddings coded on their way or not."""
+    encoder_calls: list[EncoderCall] = []
+    denoiser_calls: list[DenoiserCall] = []
+    copies = _Copies()
+    attention = {name: getattr(d, "attn_processors", None) for name, d in denoisers(pipe).items()}
+
+    def record_encoder(forward: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+        embeddings = encode(forward, ids, mask)
+        kept_mask = None if mask is None else mask.clone()
+        encoder_calls.append(EncoderCall(ids.clone(), kept_mask, embeddings))
+        # A clone, as Cosmos zeroes embeddings in place.
+        return copies.codes_of(embeddings) if coded else embeddings.clone()
+
+    def record_denoiser(name: str, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        denoiser = getattr(pipe, name)
+        if coded and getattr(denoiser, "attn_processors", None) != attention[name]:
+            # Perturbed-attention guidance: it takes a batch apart, and needs all of it.
+            raise NotAGather("it changes its denoiser's attention for the length of a call")
+        copied = {path: copies(tensor) for path, tensor in tensors_in(kwargs).items()}
+        sources = {path: source for path, (_, source) in copied.items() if source is not None}
+        text = {path: copied[path][0] for path in sources}
+        decoded = map_tensors(kwargs, lambda path, tensor: text.get(path, tensor))
+        output = call_denoiser(denoiser, forward, decoded, autocast_dtype)
+        recorded = map_tensors(kwargs, lambda path, _: copied[path][0])
+        kept = with_first_tensor(output, first_tensor(output).clone())
+        denoiser_calls.append(DenoiserCall(name, recorded, kept, sources))
+        return output
+
+    hooks = {"encode": record_encoder, "denoise": record_denoiser}
+    output = request.run(pipe, output_type="pil" if decode else "latent", **hooks)
+    if not denoiser_calls or not encoder_calls:
+        raise DistillError(
+            f"{type(pipe).__name__} called its T5 {len(encoder_calls)} times and its denoiser "
+            f"{len(denoiser_calls)} times; distillation needs both."
+        )
+    return replace(
+        request,
+        encoder_calls=tuple(encoder_calls),
+        denoiser_calls=tuple(denoiser_calls),
+        images=images_of(output) if decode else (),
+    )
+
+
+class _Copies:
+    """Copies of tensors, each made once, with the teacher's embeddings in place of their codes."""
+
+    def __init__(self) -> None:
+        self._embeddings: list[Tensor] = []  # (N, D) of each encoder call
+        self._copies: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def codes_of(self, embeddings: Tensor) -> Tensor:
+        """Embeddings of the same shape and dtype that carry their index."""
+        start = sum(map(len, self._embeddings))
+        self._embeddings.append(embeddings.detach().flatten(0, 1))
+        indices = torch.arange(start, start + len(self._embeddings[-1]), device=embeddings.device)
+        return _encode(indices, embeddings.shape[-1]).to(embeddings.dtype).view(embeddings.shape)
+
+    def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A copy, and the sources of the token embeddings in it; None if it holds none."""
+        key = (id(tensor), tensor._version)
+        if key not in self._copies:
+            # The original is held, too: its id would be given to another tensor if it were freed.
+            self._copies[key] = (tensor, *self._copy(tensor.detach()))
+        return self._copies[key][1:]
+
+    def _copy(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        # Expanded where `tensor` is, strides kept: kernels round as their input lies in memory.
+        once = tensor[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]
+        copy, source = once.clone(), None
+        width = self._embeddings[0].shape[-1] if self._embeddings else None
+        if tensor.ndim > 1 and tensor.shape[-1] == width and tensor.is_floating_point():
+            embeddings = torch.cat(self._embeddings)
+            index = _decode(once)
+            is_text = (index >= 0) & (index < len(embeddings))
+            if is_text.any():
+                copy[is_text] = embeddings[index[is_text]].to(copy)
+                source = torch.where(is_text, index, -1).expand(tensor.shape[:-1])
+        return copy.expand_as(tensor), source
+
+
+def _encode(indices: Tensor, width: int) -> Tensor:
+    """(N,) -> (N, width): the base-16 digits of each index, plus 1, repeated over the channels."""
+    powers = _BASE ** torch.arange(_DIGITS, device=indices.device)
+    code = (indices[:, None] // powers) % _BASE + 1
+    return code.repeat(1, -(-width // _DIGITS))[:, :width]
+
+
+def _decode(tensor: Tensor) -> Tensor:
+    """(..., width) -> (...): the index that an embedding carries in all of its channels, or -1."""
+    powers = _BASE ** torch.arange(_DIGITS, device=tensor.device)
+    code = tensor[..., :_DIGITS].nan_to_num(0, 0, 0).clamp(0, _BASE + 1).long()
+    index = ((code - 1) * powers).sum(-1).clamp(min=0)
+    expected = _encode(index.flatten(), tensor.shape[-1]).view(tensor.shape)
+    return torch.where((expected == tensor).all(-1), index, -1)
+
+
+def _shapes(trajectory: Trajectory) -> Any:
+    """All that the layout depends on."""
+    return len(trajectory.prompts), tuple(
+        (call.denoiser, path, tensor.shape)
+        for call in trajectory.denoiser_calls
+        for path, tensor in tensors_in(call.kwargs).items()
+    )
+
+
+def _check_gather(pipe: Any, trajectory: Trajectory) -> None:
+    """Run the pipeline again, with T5's own embeddings: its denoiser must be called as before."""
+    if not any(call.sources for call in trajectory.denoiser_calls):
+        raise NotAGather("no token embedding of T5 reaches its denoiser unchanged")
+    encoder_calls = iter(trajectory.encoder_calls)
+
+    def compare(i: int, _: Any, kwargs: dict[str, Any]) -> Tensor:
+        recorded, now = trajectory.denoiser_calls[i], tensors_in(kwargs)
+        rest, rest_now = (map_tensors(k, lambda *_: Tensor) for k in (recorded.kwargs, kwargs))
+        if rest_now != rest:
+            raise NotAGather("the denoiser's arguments, beside its tensors, depend on T5's output")
+        for path, then in tensors_in(recorded.kwargs).items():
+            if now[path].dtype != then.dtype or not torch.equal(now[path], then):
+                where = "/".join(map(str, path))
+                raise NotAGather(
+                    f"{where} depends on T5's output, and is no copy of its embeddings"
+                )
+        return recorded.target.clone()
+
+    run_again(pipe, trajectory, lambda *_: next(encoder_calls).embeddings.clone(), compare)
+
+
+def _batch_dims(pipe: Any, trajectory: Trajectory) -> list[dict[Path, int | None]]:
+    """Find the batch dimension of each argument, by a run with one prompt more: it grows."""
+    # Comparing lengths with the number of prompts would be a guess: FLUX's `txt_ids` with 32 tokens
+    # looks batched in a batch of 32.
+    prompts, seed = trajectory.prompts, trajectory.seed
+    example = trajectory.encoder_calls[0].embeddings
+    found: list[dict[Path, int | None]] = []
+
+    def one_more(values: Any) -> Any:
+        # Some take an image for each prompt (DeepFloyd IF): a list of them has one more, too.
+        of_prompts = isinstance(values, list) and len(values) == len(prompts)
+        numbers = of_prompts and isinstance(values[0], (int, float))
+        return [*values, values[0]] if of_prompts and not numbers else values
+
+    def grown(shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
+        return tuple(n + n // len(prompts) if i == dim else n for i, n in enumerate(shape))
+
+    def blank(_: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return example.new_zeros(*ids.shape, example.shape[-1])
+
+    def compare_shapes(i: int, _: Any, kwargs: dict[str, Any]) -> Tensor:
+        recorded, now = trajectory.denoiser_calls[i], tensors_in(kwargs)
+        dims: dict[Path, int | None] = {}
+        for path, then in tensors_in(recorded.kwargs).items():
+            choices = (None, *range(then.ndim))
+            fitting = [dim for dim in choices if grown(then.shape, dim) == now[path].shape]
+            if not fitting:
+                where = "/".join(map(str, path))
+                raise NotAGather(f"{where} doesn't grow sample by sample with the batch")
+            dims[path] = fitting[0]
+        found.append(dims)
+        # LTX's long videos have a prompt for each window, and the denoiser no batch.
+        dim = None if set(dims.values()) == {None} else 0
+        return recorded.target.new_zeros(grown(recorded.target.shape, dim))
+
+    more = replace(
+        trajectory,
+        prompts=(*prompts, prompts[0]),
+        pipeline_kwargs={key: one_more(v) for key, v in trajectory.pipeline_kwargs.items()},
+        seed=seed if isinstance(seed, int) else [*seed, seed[0]],
+    )
+    try:
+        run_again(pipe, more, blank, compare_shapes)
+    except NotAGather:
+        raise
+    except Exception as refusal:  # such as CogVideoX, which wants an image for each prompt
+        reason = f"it can't be called with one prompt more ({type(refusal).__name__})"
+        raise NotAGather(reason) from refusal
+    return found

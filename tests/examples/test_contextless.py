@@ -1,0 +1,140 @@
+"""The encoder without context: averaged from the teacher, and used as a student is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import MAX_TOKENS, PROMPTS, T5_VOCAB, TINY_PIPELINES, call_kwargs, tiny_flux
+
+from t5slim import DistillError, IncompatibleStudentError, patch_pipeline, unpatch_pipeline
+from t5slim.distill import cache_teacher, cached_teacher
+from t5slim.evaluate import compare
+from t5slim.slot import TextSlot
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from contextless.contextless import ContextlessEncoder, token_kinds, words_of
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_flux()
+
+
+@pytest.fixture(scope="module")
+def encoder(pipe):
+    return ContextlessEncoder.from_teacher(pipe, PROMPTS, pipeline_kwargs=call_kwargs(pipe))
+
+
+def ids_of(pipe, prompts):
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return pipe.tokenizer_2(prompts, max_length=MAX_TOKENS, **options).input_ids
+
+
+def test_embeddings_are_the_nearest_sums_of_a_word_and_a_position(pipe, encoder):
+    ids, kinds = ids_of(pipe, [*PROMPTS, ""]), token_kinds(pipe.tokenizer_2)
+    with torch.no_grad():
+        wanted = pipe.text_encoder_2(ids)[0].double().flatten(0, 1).numpy()
+        got = encoder(ids)[0].flatten(0, 1).numpy()
+    words = [word for prompt in ids.tolist() for _, word in words_of(prompt, kinds)]
+    keys = [(word, place) for word in words for place in range(len(word))]
+    columns = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    design = np.zeros((len(keys), len(columns) + ids.shape[1]))
+    for i, key in enumerate(keys):
+        design[i, [columns[key], len(columns) + i % ids.shape[1]]] = 1
+    nearest = design @ np.linalg.lstsq(design, wanted, rcond=None)[0]
+    assert np.abs(got - nearest).max() < 1e-4
+    assert np.abs(wanted - nearest).max() > 0.1  # the teacher does have context
+
+
+def test_a_word_means_the_same_beside_any_other(pipe, encoder):
+    one, other = encoder(ids_of(pipe, ["a red circle", "a blue circle"]))[0]
+    same = (one == other).all(-1)
+    assert same.tolist() == [True, False] + [True] * (len(same) - 2)
+    early, late = encoder(ids_of(pipe, ["red circle", "a red circle"]))[0]
+    assert not torch.equal(early[0], late[1])  # but for its position
+    (behind,) = encoder(torch.full((1, MAX_TOKENS + 3), 5), return_dict=False)[0][:, -4:]
+    assert (behind == behind[0]).all()  # all have the last position
+
+
+def test_tokens_are_read_in_the_words_that_are_known(pipe, encoder):
+    """PROMPTS have "squares", of two tokens, "square", and "that", which is spelled."""
+    ids = ids_of(pipe, ["squares", "square", "taht", "that"])
+    entries, table = encoder.entries_of(ids), encoder.entries.weight
+    assert (entries[0, :2] >= T5_VOCAB).all()
+    assert torch.equal(entries[1:3], ids[1:3])
+    assert not torch.allclose(table[entries[0, 0]], table[ids[1, 0]], atol=0.1)
+    # A token that stood in one word only, and never alone, means what it does there.
+    assert torch.allclose(table[entries[3, 2]], table[ids[2, 3]], atol=1e-5)
+    # One that stood nowhere is the mean of all.
+    with torch.no_grad():
+        teacher = pipe.text_encoder_2(ids_of(pipe, [*PROMPTS, ""]))[0]
+    mean = (teacher - encoder.positions.weight).mean((0, 1))
+    unknown = pipe.tokenizer_2.convert_tokens_to_ids("▁filler1")
+    assert torch.allclose(table[unknown], mean, atol=1e-4)
+    found = words_of(pipe.tokenizer_2("red, hi").input_ids, token_kinds(pipe.tokenizer_2))
+    assert [len(word) for _, word in found] == [1, 1, 1, 2, 1]  # red · , · ▁ · hi · </s>
+
+
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_it_goes_into_the_slot_and_out_again(name):
+    pipe = TINY_PIPELINES[name]().to(torch.bfloat16)
+    kwargs, slot = call_kwargs(pipe), TextSlot(pipe)
+    teacher = slot.encoder.train()
+    table = ContextlessEncoder.from_teacher(pipe, PROMPTS, pipeline_kwargs=kwargs)
+    assert slot.encoder is teacher and teacher.training and not table.training
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    assert table.dtype == torch.bfloat16 and not table.entries.weight.isnan().any()
+    patch_pipeline(pipe, table, keep_teacher=True)
+    pipe(PROMPTS[0], **kwargs)
+    assert TextSlot(unpatch_pipeline(pipe)).encoder is teacher
+
+
+def test_it_is_saved_and_loaded(encoder, tmp_path):
+    """In another process, as README.md says; and it is known there as a replacement."""
+    pipe = patch_pipeline(tiny_flux(), encoder)
+    pipe.save_pretrained(tmp_path)
+    torch.save(encoder.state_dict(), tmp_path / "expected.pt")
+    code = f"""
+import sys; sys.path[:] = {sys.path}
+import diffusers, t5slim, torch
+from contextless.contextless import ContextlessEncoder
+pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})
+alone = ContextlessEncoder.from_pretrained({str(tmp_path / "text_encoder_2")!r})
+for name, tensor in torch.load({str(tmp_path / "expected.pt")!r}).items():
+    assert torch.equal(pipe.text_encoder_2.state_dict()[name], tensor), name
+    assert torch.equal(alone.state_dict()[name], tensor), name
+t5slim.unpatch_pipeline(pipe)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "the T5 of this FluxPipeline wasn't kept" in done.stderr
+
+
+def test_cached_embeddings_make_the_same(encoder, tmp_path):
+    kwargs = {"pipeline_kwargs": call_kwargs(pipe := tiny_flux())}
+    cache_teacher(pipe, PROMPTS, tmp_path, **kwargs)
+    TextSlot(pipe).replace(None)
+    with cached_teacher(pipe, tmp_path):
+        table = ContextlessEncoder.from_teacher(pipe, PROMPTS, **kwargs)
+    assert all(map(torch.equal, encoder.state_dict().values(), table.state_dict().values()))
+
+
+def test_it_is_compared_and_refused_as_any_student(encoder):
+    kwargs = {"pipeline_kwargs": call_kwargs(pipe := tiny_flux())}
+    seen = compare(pipe, {"table": encoder}, PROMPTS[:2], distances={}, **kwargs)
+    patch_pipeline(pipe, encoder, keep_teacher=True)
+    patched = compare(pipe, None, PROMPTS[:2], distances={}, **kwargs)
+    gap = patched.mean("student 1", "velocity_gap")
+    assert gap == seen.mean("table", "velocity_gap") and gap.value > 0
+    assert pipe.text_encoder_2 is encoder
+    wide = tiny_flux(seed=1)
+    wide.transformer.register_to_config(joint_attention_dim=64)
+    with pytest.raises(IncompatibleStudentError, match="width 32"):
+        patch_pipeline(wide, encoder)
+    with pytest.raises(DistillError, match="hieght"):
+        ContextlessEncoder.from_teacher(pipe, PROMPTS, pipeline_kwargs={"hieght": 8})

@@ -1,0 +1,80 @@
+"""Diffusion Lens, the example."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import (
+    PROMPTS,
+    TINY_PIPELINES,
+    call_kwargs,
+    t5_encoder,
+    tiny_flux,
+    tiny_ltx,
+    tiny_student,
+    umt5_encoder,
+)
+
+from t5slim import patch_pipeline
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "lens"))
+
+from lens import hidden_states, lens, lens_grid
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "chroma"])
+def test_the_last_layer_gives_the_images_of_the_whole_encoder(name: str) -> None:
+    pipe = TINY_PIPELINES[name]()
+    student = tiny_student(pipe, num_layers=3)
+    kwargs = call_kwargs(pipe)
+    seen = lens(pipe, PROMPTS[1], {"mine": student}, seed=5, pipeline_kwargs=kwargs)
+    assert {name: list(images) for name, images in seen.items()} == {
+        "teacher": [0, 1, 2],
+        "mine": [0, 1, 2, 3],
+    }
+    assert lens_grid(PROMPTS[1], seen).width > 4 * seen["mine"][0].width
+    some = lens(pipe, PROMPTS[1], {"mine": student}, layers=(0, 3, -1), pipeline_kwargs=kwargs)
+    assert [list(images) for images in some.values()] == [[0, 2], [0, 3]]
+    for encoder in ("teacher", "mine"):
+        if encoder == "mine":
+            patch_pipeline(pipe, student)
+        generator = torch.Generator().manual_seed(5)
+        image = pipe(PROMPTS[1], generator=generator, **kwargs | {"output_type": "pil"}).images[0]
+        *_, last = seen[encoder].values()
+        assert np.array_equal(last, image)
+        assert not np.array_equal(seen[encoder][0], image)
+
+
+@pytest.mark.parametrize("encoder_type", ["t5", "umt5"])
+def test_hidden_states_are_those_of_an_encoder_with_fewer_layers(encoder_type: str) -> None:
+    teacher = (t5_encoder if encoder_type == "t5" else umt5_encoder)().eval()
+    student = tiny_student(tiny_flux(), num_layers=2, encoder_type=encoder_type)
+    ids = torch.arange(3, 15).view(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    for encoder in (teacher, student):
+        stack = encoder.encoder.encoder if encoder is student else encoder.encoder
+        projection = encoder.final_projection if encoder is student else torch.nn.Identity()
+        with torch.no_grad():
+            words = projection(stack.final_layer_norm(stack.embed_tokens(ids)))
+            whole = encoder(ids, attention_mask=mask)[0]
+            kept = stack.block
+            stack.block = kept[:1]
+            first = encoder(ids, attention_mask=mask)[0]
+            stack.block = kept
+        for layer, expected in enumerate((words, first, whole)):
+            assert torch.equal(hidden_states(encoder, layer, ids, mask), expected)
+
+
+def test_what_has_no_layers_or_no_images_is_refused() -> None:
+    pipe = tiny_flux()
+    with pytest.raises(ValueError, match=r"layers is \[9\]; a T5EncoderModel has 0 to 2"):
+        lens(pipe, PROMPTS[0], layers=[9])
+    with pytest.raises(ValueError, match="A Linear has no layers of a T5"):
+        lens(pipe, PROMPTS[0], {"x": torch.nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="generates no images"):
+        lens(tiny_ltx(), PROMPTS[0], layers=[0], pipeline_kwargs=call_kwargs(tiny_ltx()))

@@ -1,0 +1,59 @@
+"""A series of students: each becomes what it becomes in a run of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
+
+from t5slim import DistillError
+from t5slim.distill import DistillConfig, train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from series.series import train_series
+
+WIDTHS = (8, 16, 24)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "velocity"},
+        {"objective": {"velocity": 1.0, "relational": 0.1}, "annealing": 0.0},
+        {"objective": "embedding", "ema_decay": 0.0, "lr_schedule": "constant"},
+        {"reservoir_size": 0},
+    ],
+    ids=["velocity", "sum", "embedding", "without a reservoir"],
+)
+def test_the_weights_are_those_of_single_runs(changes):
+    pipe = tiny_flux()
+    kwargs = {"pipeline_kwargs": call_kwargs(pipe)}
+    settings = {
+        "max_steps": 12, "batch_size": 2, "reservoir_size": 8, "warmup_steps": 2,
+        "ema_decay": 0.9, "learning_rate": 5e-3,
+    }  # fmt: skip
+    config = DistillConfig(**settings | changes)
+    students = [tiny_student(pipe, d_model=width, dropout_rate=0.1) for width in WIDTHS]
+    reservoir = train_series(pipe, students, PROMPTS, config, **kwargs)
+    for width, student in zip(WIDTHS, students, strict=True):
+        alone = tiny_student(pipe, d_model=width, dropout_rate=0.1)
+        result = train(pipe, alone, PROMPTS, config, **kwargs)
+        for (name, weight), other in zip(
+            alone.named_parameters(), student.parameters(), strict=True
+        ):
+            assert torch.equal(weight, other), name
+        assert result.teacher_samples == reservoir.teacher_samples  # once for all students
+        assert result.student_samples == reservoir.student_samples  # of each
+
+
+@pytest.mark.parametrize("listed", ["student", "pipe"])
+def test_train_refuses_lists_and_names_the_examples(listed):
+    pipe = tiny_flux()
+    arguments = {"pipe": pipe, "student": tiny_student(pipe)}
+    arguments[listed] = [arguments[listed]] * 2
+    with pytest.raises(DistillError, match="see examples/series and examples/joint"):
+        train(**arguments, prompts=PROMPTS)

@@ -1,0 +1,176 @@
+"""A Hub on localhost: as much of the protocol as the real huggingface_hub client needs of it.
+
+Repositories, commits, branches, private and gated repositories, downloads and commits; no LFS.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_right"
+
+
+@dataclass
+class Repository:
+    gated: bool = False
+    private: bool = False
+    branches: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def files(self, revision: str) -> dict[str, bytes] | None:
+        return self.commits.get(self.branches.get(revision, revision))
+
+    def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
+        tree = {**(self.files(branch) or {}), **files}
+        oid = hashlib.sha1(repr(sorted(tree.items())).encode() + branch.encode()).hexdigest()
+        self.branches[branch], self.commits[oid] = oid, tree
+        return oid
+
+
+class LocalHub(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[str] = []
+        self.status: int | None = None  # of every answer
+        self.broken_file = ""  # for which every answer is 503
+
+    def add(
+        self, repo_id: str, folder: Path, prefix: str = "", branch: str = "main", **kwargs: bool
+    ) -> Repository:
+        """Publish the files of a folder and of those in it."""
+        repository = self.repositories.setdefault(repo_id, Repository(**kwargs))
+        files = {
+            prefix + path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        repository.commit(files, branch)
+        return repository
+
+
+@contextmanager
+def serve(port: int) -> Iterator[LocalHub]:
+    server = LocalHub(port)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LocalHub
+
+    def do_HEAD(self) -> None:
+        self._download()
+
+    do_GET = do_HEAD  # noqa: N815
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"POST {path}")
+        if self.server.status:
+            return self._json(self.server.status, {})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._json(401, {"error": "Invalid credentials"})
+        if path == "/api/validate-yaml":
+            return self._json(200, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            request = json.loads(body)
+            repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
+            self.server.repositories.setdefault(repo_id, Repository()).commit(
+                {".gitattributes": b""}
+            )
+            return self._json(200, {"url": f"http://{self.headers['Host']}/{repo_id}"})
+        _, _, _, owner, name, action, revision = path.split("/", 6)
+        repository = self.server.repositories[f"{owner}/{name}"]
+        if action == "branch":
+            repository.commit(repository.files("main") or {}, revision)
+            return self._json(200, {})
+        if action == "preupload":
+            files = json.loads(body)["files"]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            return self._json(200, {"files": [{"path": file["path"], **modes} for file in files]})
+        assert action == "commit", path
+        operations = [json.loads(line) for line in body.splitlines()]
+        oid = repository.commit(
+            {
+                operation["value"]["path"]: base64.b64decode(operation["value"]["content"])
+                for operation in operations
+                if operation["key"] == "file"
+            },
+            revision,
+        )
+        url = f"http://{self.headers['Host']}/{owner}/{name}/commit/{oid}"
+        return self._json(200, {"commitUrl": url, "commitOid": oid, "success": True})
+
+    def _download(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"{self.command} {path}")
+        if self.server.status or (self.server.broken_file and self.server.broken_file in path):
+            return self._json(self.server.status or 503, {})
+        if path.startswith("/api/models/"):
+            return self._describe(*path.split("/")[3:])
+        owner, name, action, revision, file = path[1:].split("/", 4)
+        repository = self.server.repositories.get(f"{owner}/{name}")
+        authorized = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if repository is None or (repository.private and not authorized):
+            return self._json(401, {}, {"X-Error-Code": "RepoNotFound"})  # as the Hub does
+        if repository.gated and not authorized:
+            return self._json(403, {}, {"X-Error-Code": "GatedRepo"})
+        files = repository.files(revision)
+        if files is None:
+            return self._json(404, {}, {"X-Error-Code": "RevisionNotFound"})
+        commit = repository.branches.get(revision, revision)
+        if action != "resolve" or file not in files:
+            missing = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+            return self._json(404, {}, missing)
+        content = files[file]
+        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        self._reply(200, content, {"X-Repo-Commit": commit, "ETag": etag})
+
+    def _describe(
+        self, owner: str, name: str, action: str = "revision", revision: str = "main"
+    ) -> None:
+        repository = self.server.repositories.get(f"{owner}/{name}")
+        if repository is None:
+            return self._json(401, {}, {"X-Error-Code": "RepoNotFound"})
+        commit, files = repository.branches.get(revision, revision), repository.files(revision)
+        if action == "tree":
+            tree = [
+                {"type": "file", "path": path, "size": len(content), "oid": "0"}
+                for path, content in (files or {}).items()
+            ]
+            return self._json(200, tree)
+        siblings = [{"rfilename": path} for path in files or {}]
+        self._json(200, {"id": f"{owner}/{name}", "sha": commit, "siblings": siblings})
+
+    def _json(self, status: int, body: object, headers: Mapping[str, str] | None = None) -> None:
+        self._reply(status, json.dumps(body).encode(), headers or {})
+
+    def _reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Keep quiet."""

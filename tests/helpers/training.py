@@ -1,0 +1,175 @@
+"""Short runs of `train`, in this process and in others."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from itertools import count
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import BriaPipeline
+from safetensors.torch import save_file
+from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from zoo.flux import CASES, bria
+
+from t5slim.distill import DistillConfig, DistillResult, train
+
+QUICK: dict[str, Any] = {
+    "max_steps": 3, "batch_size": 4, "reservoir_size": 8, "warmup_steps": 2, "ema_decay": 0.9,
+    "learning_rate": 5e-3, "objective": "velocity", "trackers": (),
+}  # fmt: skip
+RESUMED: dict[str, Any] = {
+    "max_steps": 30, "eval_every": 5, "checkpoint_every": 4, "prompt_dropout": 0.2,
+    "objective": {"velocity": 1, "embedding": 10},
+}  # fmt: skip
+# Entries of `history.jsonl` that depend on the clock, or on what ran before in the process.
+CLOCK = ("seconds", "prompts_per_second", "peak_memory_gib")
+SETTINGS = DistillConfig.__dataclass_fields__
+
+
+def pipeline_and_kwargs(name: str, steps: int = 3) -> tuple[Any, dict[str, Any]]:
+    """A tiny pipeline and how it is called; "bria" is one that doesn't pad its prompts."""
+    if name == "bria":
+        call = next(case.call for case in CASES if case.name == "BriaPipeline")
+        return bria(BriaPipeline), call()
+    pipe = TINY_PIPELINES[name]()
+    return pipe, call_kwargs(pipe, steps)
+
+
+def calls_of(module: torch.nn.Module) -> list[Any]:
+    """A list that will hold the arguments of each call of a module."""
+    calls: list[Any] = []
+    module.register_forward_hook(lambda _, args, output: calls.append(args))
+    return calls
+
+
+def quick(**changes: Any) -> DistillConfig:
+    return DistillConfig(**QUICK | changes)
+
+
+def run(pipe: Any, student: Any = None, prompts: Any = PROMPTS[:4], **changes: Any) -> Any:
+    """A short run: arguments of `train`, and settings that are changed."""
+    config = quick(**{name: changes.pop(name) for name in list(changes) if name in SETTINGS})
+    student = tiny_student(pipe) if student is None else student
+    if "pipeline_kwargs" not in changes:
+        changes["pipeline_kwargs"] = call_kwargs(pipe)
+    return train(pipe, student, prompts, config, **changes)
+
+
+def losses(result: DistillResult) -> list[float]:
+    return [entry["loss"] for entry in result.history]
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    """The entries of `history.jsonl`, without those that depend on the clock."""
+    entries = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
+    return [{k: v for k, v in entry.items() if k not in CLOCK} for entry in entries]
+
+
+# --- runs in other processes ---------------------------------------------------------------------
+
+
+def spawn(function: Callable[..., Any], *args: Any, **kwargs: Any) -> BaseProcess:
+    """A process that calls `function`; it has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.training", "t5slim.distill.trainer"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
+    process = context.Process(target=function, args=args, kwargs=kwargs)
+    process.start()
+    return process
+
+
+def resumable(
+    folder: Path, pipe: Any = None, dies_at: tuple[str, int] | None = None, **changes: Any
+) -> Any:
+    """A run that is the same in each process, and goes on where it can.
+
+    If it `dies_at` an event of Python's audit hooks, then at the nth that touches a checkpoint.
+    """
+    torch.set_num_threads(1)
+    if dies_at is not None:
+        seen = count(1)
+
+        def die(event: str, args: tuple[Any, ...]) -> None:
+            if event == dies_at[0] and "checkpoints" in str(args[:1]) and next(seen) == dies_at[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(die)
+    changes = {"prompts": PROMPTS, "output_dir": folder, "resume": True} | RESUMED | changes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)  # a plot takes longer than the run
+        return run(pipe or tiny_flux(), **changes)
+
+
+def distributed(folder: Path, name: str, processes: int, **changes: Any) -> None:
+    """A run in several processes: each writes its result and its student into `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        spawn(_one_of_several, rank, processes, port, folder, name, **changes)
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.join()
+        assert process.exitcode == 0
+
+
+def _one_of_several(
+    rank: int, processes: int, port: int, folder: Path, name: str, **changes: Any
+) -> None:
+    # As torchrun does; `accelerate launch` starts several processes on CPUs by MPI only.
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="1")
+    comparable(folder, name, **changes)
+    torch.distributed.destroy_process_group()
+
+
+def comparable(folder: Path, name: str, sharded: bool = False, **changes: Any) -> None:
+    """A run without dropout, whose draws would be those of its process."""
+    torch.set_num_threads(1)
+    pipe = TINY_PIPELINES[name]()
+    student = tiny_student(pipe, dropout_rate=0.0)
+    if sharded:
+        shard(pipe.transformer)
+    changes = {"eval_every": 2, "eval_prompts": PROMPTS[:1], "reservoir_size": 16} | changes
+    result = run(pipe, student, PROMPTS, **changes)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    save_file(dict(student.named_parameters()), folder / f"student-{rank}.safetensors")
+    names = ("gap", "teacher_samples", "student_samples")
+    facts = {"losses": losses(result)} | {name: getattr(result, name) for name in names}
+    (folder / f"result-{rank}.json").write_text(json.dumps(facts))
+
+
+def shard(transformer: Any) -> None:
+    """Spread the weights of FLUX's denoiser over the processes, as docs/command-line.md has it."""
+    device = Accelerator().device
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(transformer, mesh=mesh)

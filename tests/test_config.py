@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from t5slim.distill import DistillConfig
+from t5slim.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_steps": 2.5},
+        {"max_steps": True},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"reservoir_size": 8, "batch_size": 4, "gradient_accumulation_steps": 4},
+        {"zero_pooled": 1},
+        {"prompt_dropout": 1.0},
+        {"mixed_precision": "fp8"},
+        {"objective": "images"},
+        {"objective": {"velocity": 0}},
+        {"objective": {"relational": 1}, "batch_size": 1},
+        {"annealing": 1.5},
+        {"trackers": ("tensorbord",)},
+        {"seed": 2**31},
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused_by_name(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(changes))}.*(expected|at least)"):
+        DistillConfig(**changes)
+
+
+def test_the_papers_settings() -> None:
+    config = DistillConfig.paper(max_steps=10)
+    assert config.max_steps == 10
+    assert config.guidance_scales == (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
+    assert (config.learning_rate, config.weight_decay, config.warmup_steps) == (1e-4, 1e-3, 500)
+    assert config.batch_size == 32 and config.reservoir_size == 0 and config.zero_pooled
+    assert config.lr_schedule == "constant" and config.ema_decay == 0.0
+    assert config.weights_at(0) == config.weights_at(9) == {"velocity": 1}
+
+
+def test_settings_survive_json() -> None:
+    config = DistillConfig(guidance_scales=(3.5,), trackers=("wandb",), seed=3)
+    assert DistillConfig(**json.loads(json.dumps(config.__dict__))) == config
+
+
+def test_by_default_embedding_matching_is_annealed_to_zero() -> None:
+    config = DistillConfig(max_steps=500)
+    assert [config.weights_at(step) for step in (0, 125, 249, 250, 499)] == [
+        {"velocity": 1, "embedding": 10}, {"velocity": 1, "embedding": 5},
+        {"velocity": 1, "embedding": pytest.approx(0.04)}, {"velocity": 1}, {"velocity": 1},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"objective": {"velocity": 2, "relational": 3}, "annealing": 0}, [2, 3]),
+        ({"objective": {"embedding": 2, "relational": 3}}, [2, 3]),  # nothing to make room for
+        ({"objective": {"velocity": 2, "relational": 3}, "annealing": 1}, [2, 0.3]),
+    ],
+)
+def test_weights_in_the_last_of_ten_updates(
+    settings: dict[str, Any], expected: list[float]
+) -> None:
+    weights = DistillConfig(max_steps=10, **settings).weights_at(9)
+    assert list(weights.values()) == pytest.approx(expected)
