@@ -149,7 +149,7 @@ def load_strictly(
         if parameters > max(4 * size, 10**8):
             raise SafetensorError(f"{size:,} bytes for {parameters:,} parameters")
         with _no_progress_bars():
-            # Everything is local by now: nothing is asked of the network twice.
+            # Everything is local by now: no second request.
             model, found = load(weights[0].parent, ignore_mismatched_sizes=True, **kwargs)
     except SafetensorError as error:
         raise CheckpointError(

@@ -38,7 +38,7 @@ _FLUX_WIDTH = 4096
 
 @dataclass(frozen=True)
 class _Patch:
-    """What `unpatch_pipeline` needs, kept on the pipeline as `_t5slim_patch`."""
+    """The state that `unpatch_pipeline` needs, kept on the pipeline as `_t5slim_patch`."""
 
     student: nn.Module
     original: Original | None  # None: there was a T5, and it wasn't kept

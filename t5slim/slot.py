@@ -59,7 +59,7 @@ class TextSlot:
 
     Args:
         pipe: A `DiffusionPipeline` or a `ModularPipeline`; or a class of the former, of which only
-            the names can be asked for. T5, mT5, UMT5 and ByT5 encoders count as T5, and so does
+            the names are known. T5, mT5, UMT5 and ByT5 encoders count as T5, and so does
             what replaced one.
 
     Attributes:

@@ -215,7 +215,7 @@ def test_a_generator_of_ones_own() -> None:
     assert source.fingerprint() != GeneratedPrompts(compositional).fingerprint()
     rest, held_out = split_held_out(source, share=0.5, count=5)
     assert held_out == ["a yellow circle"] and set(draw(rest, 20)) == {"a red circle"}
-    with pytest.raises(DistillError, match="1000 prompts in a row are blank or held out"):
+    with pytest.raises(DistillError, match="1000 successive prompts are blank or held out"):
         split_held_out(source, share=0.999)[0].prompt(0)
     for broken in ("a\0b", "\ud800", None):
         with pytest.raises(DistillError, match=r"prompt 7: .*; expected text, in UTF-8"):

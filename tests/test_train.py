@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers.training import assert_same, calls_of, losses, pipeline_and_kwargs, quick, run, weights
@@ -259,7 +260,7 @@ def test_gradients_that_are_not_finite_are_skipped(poisoned: range, tmp_path: Pa
     pipe.transformer.register_forward_hook(poison)
     arguments: dict[str, Any] = {"output_dir": tmp_path, "max_steps": 14, "eval_every": 2}
     if len(poisoned) > 10:
-        with pytest.raises(DistillError, match="10 updates in a row, up to number 12, are not"):
+        with pytest.raises(DistillError, match="10 successive updates, up to number 12, are not"):
             run(pipe, student, **arguments)
         assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 5
     else:
@@ -402,3 +403,12 @@ def test_a_launch_with_equal_settings_changes_nothing(environment: pytest.Monkey
     environment.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # which the config decides
     other = run(tiny_flux(), **changes)
     assert one.history[-1]["grad_norm_max"] == other.history[-1]["grad_norm_max"]
+
+
+def test_the_precision_of_an_earlier_accelerator_changes_nothing(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    plain = run(tiny_flux()).loss
+    AcceleratorState._reset_state(True)
+    Accelerator(mixed_precision="bf16")
+    assert run(tiny_flux()).loss == plain

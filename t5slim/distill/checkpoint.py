@@ -38,7 +38,7 @@ from .reservoir import TrajectoryReservoir
 
 logger = logging.getLogger(__name__)
 
-_MAX_SKIPPED = 10  # updates in a row whose gradients aren't finite
+_MAX_SKIPPED = 10  # successive updates whose gradients aren't finite
 _FILES = _TENSORS, _COUNTERS = "state.safetensors", "state.json"
 _MANIFEST = "manifest.json"
 
@@ -79,7 +79,7 @@ class TrainingState:
         self.losses = torch.zeros(2, device=device)
         self.grad_norms: list[float] = []
         self._optimizer, self._reservoir, self._device = optimizer, reservoir, device
-        self._skipped = 0  # in a row
+        self._skipped = 0  # successive ones
 
     def note_loss(self, loss: Tensor) -> None:
         """Add a loss to `losses`, if it is finite."""
@@ -100,7 +100,7 @@ class TrainingState:
         self.result.skipped += not finite
         if self._skipped == _MAX_SKIPPED:
             raise DistillError(
-                f"The gradients of {_MAX_SKIPPED} updates in a row, up to number "
+                f"The gradients of {_MAX_SKIPPED} successive updates, up to number "
                 f"{self.result.steps + 1}, are not finite. The student holds the weights before "
                 "them. Try a smaller learning_rate, or mixed_precision='bf16' instead of 'fp16'."
             )

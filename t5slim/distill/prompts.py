@@ -121,7 +121,7 @@ class GeneratedPrompts(PromptSource):
             prompt = _text(self._make(rng), f"{self._name}, prompt {index}")
             if prompt and hash_position(prompt) >= self.held_out:
                 return prompt
-        raise DistillError(f"{self}: {_MAX_TRIES} prompts in a row are blank or held out.")
+        raise DistillError(f"{self}: {_MAX_TRIES} successive prompts are blank or held out.")
 
     def all(self) -> list[str]:
         if self.count is None:
