@@ -66,7 +66,7 @@ def main() -> None:
     }
     of_teacher, of_student = (judge.accuracy(scenes, generated) for generated in images.values())
     for name in of_teacher:
-        table[f"{name} right"] = tuple(f"{a[name]:.1%}" for a in (of_teacher, of_student))
+        table[f"{name} correct"] = tuple(f"{a[name]:.1%}" for a in (of_teacher, of_student))
     for name, (left, right) in table.items():
         print(f"{name:<22}{left:>12}{right:>12}")
 

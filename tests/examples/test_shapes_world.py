@@ -140,5 +140,11 @@ def test_quickstart_shows_both_encoders(tmp_path, monkeypatch, capsys):
     quickstart.main()
     assert Path("quickstart.png").exists()
     printed = capsys.readouterr().out
-    for row in ("parameters", "velocity gap", "quality right", "semantics right", "letters right"):
-        assert row in printed
+    for line in (
+        "parameters",
+        "velocity gap",
+        "quality correct",
+        "semantics correct",
+        "letters correct",
+    ):
+        assert line in printed
