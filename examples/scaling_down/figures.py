@@ -100,13 +100,13 @@ def renamed(record: Record) -> Record:
 
 
 def sizes_table(results: Results) -> list[list[str]]:
-    rows = [["size", "learned from", "velocity gap", *SKILLS.values(), "spread", "nearest other"]]
+    rows = [["size", "learned from", "velocity gap", *SKILLS.values(), "spread"]]
     for size, objective, found in results.cells():
         rows.append([size, objective, *outcome(found)])
     teacher, table = results.teacher, results.contextless
     part = f"1/{teacher['parameters'] / table['parameters']:.0f}"
     rows.append([part, "(contextless)", *outcome([table])])
-    rows.append(["1", "(teacher)", "0", *(percent([teacher], skill) for skill in SKILLS), "1", "1"])
+    rows.append(["1", "(teacher)", "0", *(percent([teacher], skill) for skill in SKILLS), "1"])
     return rows
 
 
@@ -114,7 +114,7 @@ def outcome(found: Sequence[Record]) -> list[str]:
     return [
         over(found, gap),
         *(percent(found, skill) for skill in SKILLS),
-        *(over(found, lambda r, key=key: r[key]) for key in ("spread", "nearest_other")),
+        over(found, lambda r: r["spread"]),
     ]
 
 

@@ -60,7 +60,6 @@ class Measure:
             "gap_of_tokens": {kind: self.gap(Mixed(self, student, kind)) for kind in TOKENS},
             "error_of_tokens": self._errors(student),
             "spread": report.spread,
-            "nearest_other": self.gap.nearest_other(student),
             "right": self.right(student),
         }
 
