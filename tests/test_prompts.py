@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
-import os
 import random
-import subprocess
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,27 +14,24 @@ from typing import Any
 
 import pytest
 
-from t5slim.distill import GeneratedPrompts, PromptMixture, split_held_out
-from t5slim.distill.prompts import (
-    PromptList,
-    PromptSource,
-    compositional,
-    hash_position,
-    load_prompts,
-    prompt_source,
-    text_rendering,
-)
+from t5slim.distill import generate_prompts, split_held_out
+from t5slim.distill.prompts import PromptSource, hash_position, load_prompts
 from t5slim.errors import DistillError, HubAccessError
 
-PROMPTS = ["a red circle", 'a sign that says "hi", in rain', "ein großer Bär 🐻", "猫"]
+PROMPTS = ["a red circle", 'a sign: "hi", in rain', "ein Bär 🐻", "猫", "a\x0cform\u2028feed"]
 
 
-def draw(source: PromptSource, count: int, seed: int = 0, start: int = 0) -> list[str]:
+def draw(prompts: Any, count: int, seed: int = 0, start: int = 0) -> list[str]:
+    source = PromptSource(prompts)
     return [source.prompt(index, seed) for index in range(start, start + count)]
 
 
 def numbered(count: int, name: str = "prompt") -> list[str]:
     return [f"{name} {number}" for number in range(count)]
+
+
+def mixture(*pairs: tuple[Any, float]) -> dict[str, Any]:
+    return {"mixture": [{"prompts": prompts, "weight": weight} for prompts, weight in pairs]}
 
 
 OBJECTS = [json.dumps({"id": i, "text": prompt}) for i, prompt in enumerate(PROMPTS)]
@@ -42,6 +40,7 @@ FILES = {
     "lines.txt": "\n".join(PROMPTS).encode(),
     "crlf.TXT": "\r\n".join([*PROMPTS, ""]).encode(),
     "byte-order-mark": "\n".join(PROMPTS).encode("utf-8-sig"),
+    "blank and repeated.txt": "\n\n \t\n  ".join(PROMPTS + PROMPTS[::-1]).encode(),
     "objects.json": f"[{', '.join(OBJECTS)}]".encode(),
     "strings.json": json.dumps(PROMPTS).encode(),
     "lines.jsonl": "\n".join(OBJECTS).encode(),
@@ -56,36 +55,37 @@ def test_a_file_of_each_kind(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(FILES[name])
     assert load_prompts(path) == load_prompts({"file": str(path)}) == PROMPTS
-    assert prompt_source(path).fingerprint() == prompt_source(PROMPTS).fingerprint()
+    assert PromptSource(path).facts() == PromptSource(PROMPTS).facts()
 
 
-def test_blank_lines_repetitions_and_line_ends(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    lines = "  a cat\n\n \t\na dog \r\na cat\nform\x0cfeed\nline\u2028separator\n"
-    path.write_bytes(lines.encode())
-    prompts = ["a cat", "a dog", "form\x0cfeed", "line\u2028separator"]
-    assert load_prompts(path) == load_prompts(["a cat\n", "", "a dog\n", *prompts]) == prompts
-
-
-def test_a_column_is_chosen(tmp_path: Path) -> None:
-    path = tmp_path / "two.csv"
-    path.write_text('prompt,caption,url\n"one, two",three,x\n"a\nb",c,y\n')
-    assert load_prompts({"file": str(path), "column": "caption"}) == ["three", "c"]
-    with pytest.raises(
-        DistillError, match=r"two\.csv: the columns are .*, or its name as `column`"
-    ):
-        load_prompts(path)
-    with pytest.raises(DistillError, match=r"'url'.; expected Prompt"):
-        load_prompts({"file": path, "column": "Prompt"})
+def test_columns_of_files_and_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"caption": text, "url": "u"}) for text in [*PROMPTS, *PROMPTS, None, " "]]
+    path, folder = tmp_path / "train.jsonl", str(tmp_path)
+    path.write_text("\n".join(lines))
+    assert load_prompts({"dataset": folder, "column": "caption"}) == PROMPTS
+    assert load_prompts({"dataset": folder, "limit": 2}) == PROMPTS[:2]
+    assert load_prompts({"file": path, "column": "url"}) == ["u"]
+    with pytest.raises(DistillError, match=r"train\.jsonl: .*'url'.; expected Url"):
+        load_prompts({"file": path, "column": "Url"})
+    with pytest.raises(DistillError, match="Bad split: test"):
+        load_prompts({"dataset": folder, "split": "test"})
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubAccessError, match=r"'some/body' .*Offline"):
+        load_prompts({"dataset": "some/body"})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DistillError, match=r'pip install "t5slim\[prompts\]"'):
+        load_prompts({"dataset": "some/body"})
 
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {
     "latin 1": ("a.txt", "ok\nBär\n".encode("latin-1"), r"a\.txt, prompt 2: 'B\\udce4r\\n'; expec"),
     "utf-16": ("a.txt", "ok\n".encode("utf-16"), r"a\.txt, prompt 1: .* expected text, in UTF-8"),
     "NUL": ("a.txt", b"a\nb\0c\n", r"a\.txt, prompt 2: .* expected text, in UTF-8 and without"),
+    "empty": ("a.txt", b"\n \n", r"a\.txt holds no prompts"),
     "comma": ("a.csv", b"prompt\na\nb, c\n", r"a\.csv: .* 1 fields in line 3, saw 2"),
     "commas": ("a.csv", b"prompt\na, b\nc, d\n", r"a\.csv: .*, commas in quotes"),
     "no header": ("a.csv", b"a cat\na dog\n", r"columns are .'a cat'.; expected one called prompt"),
+    "two columns": ("a.csv", b"prompt,text\na,b\n", r"a\.csv: .*, or its name as `column`"),
     "broken": ("a.parquet", b"PAR1 and so on", r"a\.parquet: Parquet magic bytes"),
 }
 
@@ -98,221 +98,121 @@ def test_errors_name_the_file_and_the_place(case: str, tmp_path: Path) -> None:
         load_prompts(tmp_path / name)
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
-    for path in ("a red circle", "a\0b", "a" * 5000, tmp_path):
-        with pytest.raises(DistillError, match="is no such file; expected a list of prompts"):
-            load_prompts(path)
+TABLE = type("Table", (), {"columns": ("caption", "url")})
+WRONG: list[tuple[Any, str]] = [
+    ("a red circle", "is no such file; expected a list of prompts"),
+    ("a\0b", "is no such file"),
+    ("a" * 5000, "is no such file"),
+    (Path(__file__).parent, "is no such file"),
+    ({"path": "a.txt"}, r"\{'path': 'a\.txt'\}: .*; expected \{file, column\}, "),
+    ({"file": "a", "dataset": "b"}, "unexpected keyword argument 'dataset'"),
+    ({"generator": "quality"}, "'quality'.*expected .*compositional or text_rendering"),
+    ({"generator": "compositional", "count": 0}, "generator holds no prompts"),
+    ({"generator": lambda _: None}, "generator, prompt 1: None; expected text"),
+    ({"mixture": {"weight": 1}}, r"expected .*\{mixture: \[\{weight, prompts\}"),
+    ({"mixture": [{"prompts": ["a"]}]}, r"'weight'.*expected"),
+    (mixture((mixture(), 1)), r"Got weights \[\]"),
+    (["a", 3], "list, prompt 2: 3; expected text"),
+    (["a", "\ud83d"], r"list, prompt 2: '\\ud83d'; expected text, in UTF-8"),
+    ({"a", "b"}, r"Got a set; expected a list: .*; of a set, sorted\(prompts\)"),
+    (TABLE(), r"Got a Table; expected a list: of a table, list\(table\['caption'\]\)"),
+]
+WEIGHTS = [mixture((PROMPTS, 1), (PROMPTS, w)) for w in (0, -1, float("nan"), float("inf"))]
+WRONG += [(form, r"Got weights \[1.*all above 0") for form in WEIGHTS]
 
 
-def test_a_data_set_is_streamed(tmp_path: Path) -> None:
-    lines = [json.dumps({"caption": text, "width": 3}) for text in [*PROMPTS, *PROMPTS, None, " "]]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    folder = str(tmp_path)
-    assert load_prompts({"dataset": folder, "column": "caption"}) == PROMPTS
-    assert load_prompts({"dataset": folder, "limit": 2}) == PROMPTS[:2]
-    with pytest.raises(DistillError, match="Bad split: test"):
-        load_prompts({"dataset": folder, "split": "test"})
+@pytest.mark.parametrize(("prompts", "message"), WRONG, ids=range(len(WRONG)))
+def test_other_forms_are_refused(prompts: Any, message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        PromptSource(prompts)
 
 
-def test_a_data_set_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubAccessError, match=r"'some/body' .*Offline"):
-        prompt_source({"dataset": "some/body"})
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DistillError, match=r'pip install "t5slim\[prompts\]"'):
-        prompt_source({"dataset": "some/body"})
+def test_an_iterable_without_end_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t5slim.distill.prompts._LIMIT", 5)
+    assert load_prompts(f"prompt {number}" for number in itertools.count()) == numbered(5)
+    assert load_prompts(numbered(9)) == numbered(9)  # a list has an end
 
 
-def test_each_prompt_once_in_an_epoch() -> None:
-    prompts = numbered(50)
-    source = PromptList(prompts)
-    epochs = [draw(source, 50, start=50 * epoch) for epoch in range(3)]
-    assert all(sorted(epoch) == sorted(prompts) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in [prompts, *epochs]}) == 4
-    assert draw(source, 50, seed=1) != epochs[0]
+def test_a_draw_depends_on_its_index_and_the_seed_alone() -> None:
+    """As any change would let a run that is resumed go on with other prompts."""
+    form = mixture((numbered(5), 0.5), (numbered(3, "caption"), 3), (["猫"], 1))
+    order = "caption 2, caption 0, caption 1, 猫, caption 0, 猫, caption 2, caption 1"
+    assert draw(form, 8, seed=3) == order.split(", ")
+    order = "prompt 1, prompt 0, prompt 2, prompt 3, prompt 4, prompt 1, prompt 2, prompt 0"
+    assert draw(numbered(5), 8, seed=3) == order.split(", ")
+    source, in_order = PromptSource(form), draw(form, 500)
+    assert all(source.prompt(i) == in_order[i] for i in random.Random(0).sample(range(500), 100))
 
 
-def sources() -> dict[str, PromptSource]:
-    lists = PromptList(numbered(70)), PromptList(numbered(30, "caption"))
-    parts = [(lists[0], 0.5), (lists[1], 3), (GeneratedPrompts(text_rendering), 1)]
-    return {
-        "list": lists[0],
-        "compositional": GeneratedPrompts("compositional"),
-        "text_rendering": GeneratedPrompts("text_rendering"),
-        "finite": GeneratedPrompts("compositional", count=200),
-        "mixture": PromptMixture(parts),
-        "mixture of mixtures": PromptMixture([(PromptMixture(parts), 1), (PROMPTS, 1)]),
-    }
-
-
-@pytest.mark.parametrize("name", sources())
-def test_a_draw_depends_on_no_other(name: str) -> None:
-    in_order = draw(sources()[name], 2500, seed=3)
-    source = sources()[name]
-    for index in random.Random(0).sample(range(2500), 300):
-        assert source.prompt(index, 3) == in_order[index]
-    assert in_order != draw(source, 2500, seed=4)
-
-
-def report() -> list[Any]:
-    lines = []
-    for source in sources().values():
-        rest, held_out = split_held_out(source, share=0.2, count=5)
-        lines.append([source.fingerprint(), rest.facts(), held_out, draw(rest, 20, start=990)])
-    return lines
-
-
-def test_every_process_draws_the_same() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from test_prompts import report; print(report())"],
-        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == f"{report()}\n"
-
-
-GOLDEN = {
-    "compositional": [
-        "a sock on top of a turtle",
-        "65ce686e86a600fcae53358facffba981bc30ffc597d61924b14f7419b6aa5a0",
-    ],
-    "text_rendering": [
-        'a serious librarian holding a card that says "TRUE" on a stage',
-        "bfb8e31f6e5f7f49ecc12e97b8401f054de7f1e8fa8795129af4329a98d92052",
-    ],
-}
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_generators_have_not_changed(name: str) -> None:
-    """Else a run that is resumed with this version would go on with other prompts."""
-    source = prompt_source({"generator": name})
-    assert [source.prompt(0), source.facts()["sha256"]] == GOLDEN[name]
-
-
-def test_a_number_of_generated_prompts() -> None:
-    source = prompt_source({"generator": "compositional", "count": 100})
-    prompts = source.all()
-    assert 90 < len(prompts) <= 100
-    assert prompts == load_prompts(GeneratedPrompts(compositional, 100))
-    assert set(draw(source, 100, seed=1)) == set(draw(source, 100, start=100)) == set(prompts)
-    assert draw(source, 100) != draw(source, 100, start=100)
-    assert prompts[0] in draw(GeneratedPrompts("compositional"), 100)
-    with pytest.raises(DistillError, match=r"'compositional'.* has no end; expected a `count`"):
-        load_prompts(GeneratedPrompts("compositional"))
-    with pytest.raises(DistillError, match="has no end"):
-        load_prompts(PromptMixture([(GeneratedPrompts("compositional"), 1), (source, 1)]))
-    assert load_prompts(PromptMixture([(source, 1), (PROMPTS, 1)])) == [*prompts, *PROMPTS]
-
-
-def test_a_generator_of_ones_own() -> None:
-    def shapes(rng: random.Random) -> str:
-        return f" a {rng.choice(['red', 'yellow'])} circle \n"
-
-    source = GeneratedPrompts(shapes)
-    assert set(draw(source, 20)) == {"a red circle", "a yellow circle"}
-    assert source.facts()["criterion"] == "shapes"
-    assert source.fingerprint() != GeneratedPrompts(compositional).fingerprint()
-    rest, held_out = split_held_out(source, share=0.5, count=5)
-    assert held_out == ["a yellow circle"] and set(draw(rest, 20)) == {"a red circle"}
-    with pytest.raises(DistillError, match="1000 successive prompts are blank or held out"):
-        split_held_out(source, share=0.999)[0].prompt(0)
-    for broken in ("a\0b", "\ud800", None):
-        with pytest.raises(DistillError, match=r"prompt 7: .*; expected text, in UTF-8"):
-            GeneratedPrompts(lambda _, text=broken: text).prompt(7)
-
-
-def test_a_mixture_draws_from_each_part_by_its_weight() -> None:
+def test_each_prompt_once_in_an_epoch_and_the_parts_by_weight() -> None:
     parts = {name: numbered(size, name) for name, size in (("a", 40), ("b", 90), ("c", 7))}
-    mixture = PromptMixture([(parts["a"], 5), (parts["b"], 3), (parts["c"], 2)])
-    drawn = draw(mixture, 4000, seed=5)
+    epochs = [draw(parts["b"], 90, start=90 * epoch) for epoch in range(3)]
+    assert all(sorted(epoch) == sorted(parts["b"]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [parts["b"], *epochs, draw(parts["b"], 90, seed=1)]}) == 5
+    mixed = mixture((parts["a"], 5), (parts["b"], 3), (parts["c"], 2))
+    drawn = draw(mixed, 4000, seed=5)
     names = Counter(prompt.split()[0] for prompt in drawn)
     # Within four standard deviations of independent draws.
     assert abs(names["a"] - 2000) < 128 and abs(names["b"] - 1200) < 116
     for start in range(0, 4000 - 90, 90):  # within an epoch, no prompt of a list twice
         own = [prompt for prompt in drawn[start : start + 90] if prompt.startswith("b")]
         assert len(own) == len(set(own))
-    # The choices of a mixture within a mixture are its own.
-    nested = draw(PromptMixture([(mixture, 1), (["d"], 1)]), 4000)
-    assert abs(sum(prompt.startswith("a") for prompt in nested) - 1000) < 110
+    # A mixture within a mixture divides its share.
+    nested = draw(mixture((mixed, 2), (["d"], 6)), 4000)
+    assert abs(sum(prompt.startswith("a") for prompt in nested) - 500) < 84
 
 
-@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
-def test_weights_are_above_zero(weight: float) -> None:
-    with pytest.raises(
-        DistillError, match=r"Got weights \[1, .*\]; expected one or more, all above"
-    ):
-        PromptMixture([(PROMPTS, 1), (PROMPTS, weight)])
+def test_facts_identify_weights_and_prompts() -> None:
+    pairs = [mixture((PROMPTS, weight), (["a"], 1)) for weight in (2, 1)]
+    facts = [PromptSource(prompts).facts() for prompts in (PROMPTS, PROMPTS[::-1], *pairs)]
+    assert [one["prompts"] for one in facts] == [5, 5, 6, 6]
+    assert len({one["sha256"] for one in facts}) == 4 and json.dumps(facts)
+    assert PromptSource(PromptSource(PROMPTS)).facts() == facts[0]
 
 
-def test_as_in_a_yaml_file(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n".join(numbered(9)))
-    form = [
-        {"weight": 2, "prompts": str(tmp_path / "a.txt")},
-        {"weight": 1, "prompts": {"generator": "compositional"}},
-    ]
-    made = PromptMixture([(numbered(9), 2), (GeneratedPrompts("compositional"), 1)])
-    assert prompt_source({"mixture": form}).fingerprint() == made.fingerprint()
-    assert prompt_source(made) is made
+DIGESTS = {"compositional": "6d0dfe38a18c", "text_rendering": "4f593604725b"}
 
 
-TABLE = type("Table", (), {"columns": ("caption", "url")})
-WRONG: dict[str, tuple[Any, str]] = {
-    "no kind": ({"path": "a.txt"}, r"\{'path': 'a\.txt'\}: .*; expected \{file, column\}, "),
-    "two kinds": ({"file": "a", "dataset": "b"}, "unexpected keyword argument 'dataset'"),
-    "criterion": ({"generator": "quality"}, "'quality'.*expected one of .'compositional', 'text_r"),
-    "count": ({"generator": "compositional", "count": 0}, "count=0.*count >= 1"),
-    "not a list": ({"mixture": {"weight": 1}}, r"expected .*\{mixture: \[\{weight, prompts\}"),
-    "part": ({"mixture": [{"prompts": "a"}]}, r"'weight'.*expected"),
-    "no parts": ({"mixture": []}, r"Got weights \[\]"),
-    "item": (["a", 3], "list, prompt 2: 3; expected text"),
-    "surrogate": (["a", "\ud83d"], r"list, prompt 2: '\\ud83d'; expected text, in UTF-8"),
-    "set": ({"a", "b"}, r"Got a set; expected a list: .*; of a set, sorted\(prompts\)"),
-    "table": (TABLE(), r"Got a Table; expected a list: of a table, list\(table\['caption'\]\)"),
-}
+@pytest.mark.parametrize("name", DIGESTS)
+def test_generated_prompts(name: str) -> None:
+    prompts = generate_prompts(name, 2000)
+    assert len(set(prompts)) == 2000
+    assert load_prompts({"generator": name, "count": 50}) == prompts[:50]
+    assert generate_prompts(name, 50, seed=1) != prompts[:50]
+    text = "\n".join(prompts)
+    assert not re.search(r"[{}]|\ba [aeiou]|\ban [^aeiou]", text)
+    # None of the words that a symbol stands for is drawn twice.
+    assert not re.search(r"\b(red|blue|chair|table|man|round|two|cat)\b.*\b\1\b", text)
+    # The same in every process, though Python's hash of strings is not.
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == DIGESTS[name]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_other_forms_are_refused(case: str) -> None:
-    prompts, message = WRONG[case]
-    with pytest.raises(DistillError, match=message):
-        prompt_source(prompts)
+def test_a_generator_of_ones_own() -> None:
+    def shapes(rng: random.Random) -> str:
+        return f" a {rng.choice(['red', 'yellow'])} circle \n"
 
-
-def test_hash_positions_are_the_same_everywhere() -> None:
-    """By `printf 'a red circle' | sha256sum`, the first 12 digits over 16 ** 12."""
-    for prompt, digits in (("a red circle", "a1e4a280d27c"), ("猫", "a810bf845a30")):
-        assert hash_position(prompt) == int(digits, 16) / 16**12
+    assert sorted(generate_prompts(shapes, 20)) == ["a red circle", "a yellow circle"]
+    assert len(load_prompts({"generator": shapes, "count": 1})) == 1
 
 
 def test_the_split_is_by_hash() -> None:
+    # By `printf 'a red circle' | sha256sum`, the first 12 digits over 16 ** 12.
+    assert hash_position("a red circle") == 0xA1E4A280D27C / 16**12
     prompts = numbered(5000)
     rest, held_out = split_held_out(prompts, share=0.02, count=10_000)
     assert sorted(rest.all() + held_out) == sorted(prompts)
     assert 60 < len(held_out) < 140  # 100, with a standard deviation of 10
+    assert held_out == sorted(held_out, key=hash_position) and hash_position(held_out[-1]) < 0.02
     # Neither order nor company matters, and fewer are the first of more.
-    shuffled = random.Random(0).sample(prompts + numbered(500, "other"), 5500)
-    assert {p for p in split_held_out(shuffled, 0.02, 10_000)[1] if p in prompts} == set(held_out)
-    assert split_held_out(random.Random(1).sample(prompts, 5000), 0.02, 7)[1] == held_out[:7]
+    others = mixture((numbered(500, "other"), 1), (random.Random(0).sample(prompts, 5000), 3))
+    rest, among_others = split_held_out(others, 0.02, 10_000)
+    assert [prompt for prompt in among_others if prompt in prompts] == held_out
+    assert not set(among_others) & set(draw(rest, 9000)) and rest.facts()["weights"] == [1, 3]
+    assert split_held_out(prompts, 0.02, 7)[1] == held_out[:7]
 
 
-@pytest.mark.parametrize("name", sources())
-def test_held_out_prompts_are_never_drawn(name: str) -> None:
-    source = sources()[name]
-    rest, held_out = split_held_out(source, share=0.25, count=40)
-    assert 3 < len(held_out) == len(set(held_out)) <= 40
-    assert all(hash_position(prompt) < 0.25 for prompt in held_out)
-    assert all(hash_position(prompt) >= 0.25 for prompt in draw(rest, 2000))
-    assert rest.fingerprint() != source.fingerprint()
-    json.dumps(rest.facts())
-
-
-def test_a_split_that_holds_out_nothing_or_all() -> None:
-    few = [prompt for prompt in numbered(20) if hash_position(prompt) > 0.1]
-    with pytest.raises(DistillError, match=r"share=0\.1 holds out none of the prompts"):
-        split_held_out(few, share=0.1)
-    with pytest.raises(DistillError, match=r"without a share of 0\.999999 holds no prompts"):
-        split_held_out(PROMPTS, share=0.999999)
-    for wrong in ({"share": 0}, {"share": 1}, {"count": 0}):
-        with pytest.raises(DistillError, match="expected 0 < share < 1 <= count"):
-            split_held_out(PROMPTS, **wrong)
+@pytest.mark.parametrize("share", [0, 0.1, 0.999999, 1])
+def test_a_split_that_holds_out_nothing_or_all(share: float) -> None:
+    few = [prompt for prompt in numbered(20) if 0.1 < hash_position(prompt) < 0.999]
+    with pytest.raises(DistillError, match=f"share={share} holds out none of the prompts, or all"):
+        split_held_out(few, share)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .config import DistillConfig
     from .metrics import VelocityGap, velocity_gap
     from .objective import Objective
-    from .prompts import GeneratedPrompts, PromptMixture, split_held_out
+    from .prompts import generate_prompts, split_held_out
     from .report import DistillResult
     from .reservoir import TrajectoryReservoir
     from .trainer import train
@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DistillConfig",
     "DistillResult",
-    "GeneratedPrompts",
     "Objective",
-    "PromptMixture",
     "Trajectory",
     "TrajectoryReservoir",
     "VelocityGap",
     "cache_teacher",
     "cached_teacher",
     "capture",
+    "generate_prompts",
     "split_held_out",
     "train",
     "velocity_gap",
@@ -42,7 +41,7 @@ _MODULES = {
     "config": ("DistillConfig",),
     "metrics": ("VelocityGap", "velocity_gap"),
     "objective": ("Objective",),
-    "prompts": ("GeneratedPrompts", "PromptMixture", "split_held_out"),
+    "prompts": ("generate_prompts", "split_held_out"),
     "report": ("DistillResult",),
     "reservoir": ("TrajectoryReservoir",),
     "trainer": ("train",),

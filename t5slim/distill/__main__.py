@@ -27,7 +27,7 @@ from ..slot import TextSlot, free_memory
 from .cache import cache_teacher, cached_teacher
 from .config import DistillConfig
 from .pipeline import DENOISERS, check_pipeline_kwargs
-from .prompts import load_prompts, prompt_source, split_held_out
+from .prompts import PromptSource, load_prompts, split_held_out
 from .report import METADATA, check_output_dir
 from .trainer import check_launch, train
 
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         TextSlot(run.pipeline.cls)
         check_pipeline_kwargs(run.pipeline.cls, run.pipeline_kwargs)
         student = load_student(run.student, config.seed)
-        run.prompts = prompt_source(run.prompts)
+        run.prompts = PromptSource(run.prompts)
         match run.eval_prompts:
             case {"held_out": share, **rest} if rest.keys() <= {"count"}:
                 count = run.eval_prompts.get("count", 64)

@@ -31,7 +31,7 @@ from ..hub import write_atomic
 from .config import DistillConfig
 from .metrics import GapReport
 from .pipeline import denoisers, teacher_of
-from .prompts import PromptList, PromptSource
+from .prompts import PromptSource
 
 _THIRDS = ("first", "middle", "last")
 CHECKPOINTS, METADATA, HISTORY = "checkpoints", "distillation.json", "history.jsonl"
@@ -180,7 +180,6 @@ def run_facts(
     teacher = teacher_of(pipe)
     denoiser = next(iter(denoisers(pipe).values()), pipe)
     packages = ("torch", "diffusers", "transformers", "accelerate")
-    held_out = None if eval_prompts is None else PromptList(eval_prompts)
     facts = {
         "run_id": uuid.uuid4().hex[:8],
         "pipeline": _named(pipe, denoiser.config.get("_name_or_path")),
@@ -190,8 +189,8 @@ def run_facts(
         "student": student.config.to_diff_dict(),
         "config": vars(config),
         "prompts_per_step": config.batch_size * config.gradient_accumulation_steps * processes,
-        "prompts": {**prompts.facts(), "sha256": prompts.fingerprint()},
-        "eval_prompts": held_out and {**held_out.facts(), "sha256": held_out.fingerprint()},
+        "prompts": prompts.facts(),
+        "eval_prompts": None if eval_prompts is None else PromptSource(eval_prompts).facts(),
         "precision": {
             "student": "float32",
             "denoiser": str(denoiser.dtype).removeprefix("torch."),

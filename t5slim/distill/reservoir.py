@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..errors import DistillError
 from .config import DistillConfig
 from .pipeline import denoisers, images_per_prompt, tokenize
-from .prompts import Prompts, PromptSource, prompt_source
+from .prompts import Prompts, PromptSource
 from .replay import NO_PROMPT, Samples, TrajectoryCall, collate, split_trajectory
 from .teacher import TeacherEmbeddings
 from .trajectory import capture
@@ -81,7 +81,7 @@ class TrajectoryReservoir:
         self.teacher = TeacherEmbeddings() if teacher is None else teacher
         self.teacher_samples = self.student_samples = 0
         self._pipe = pipe
-        self._prompts: PromptSource = prompt_source(prompts)
+        self._prompts = PromptSource(prompts)
         self._config = config
         self._kwargs = dict(pipeline_kwargs or {})
         self._takes_guidance = any(

@@ -46,7 +46,7 @@ from .pipeline import (
     generate,
     is_sharded,
 )
-from .prompts import Prompts, load_prompts, prompt_source
+from .prompts import Prompts, PromptSource, load_prompts
 from .reservoir import TrajectoryReservoir
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def train(
     folder = None if output_dir is None else Path(output_dir).expanduser()
     _check_trainable(pipe, student, config)
     check_pipeline_kwargs(pipe, kwargs)
-    source = prompt_source(prompts)
+    source = PromptSource(prompts)
     held_out = None if eval_prompts is None else load_prompts(eval_prompts)
     if folder is not None or push_to_hub:
         check_no_lora(student)
