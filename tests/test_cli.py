@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,9 +16,9 @@ import torch
 import yaml
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
+from tiny import PROMPTS, call_kwargs, tiny_flux
 
-from t5slim.distill.__main__ import PipelineArguments, load_student, main, measure, parse
+from t5slim.distill.__main__ import PipelineArguments, load_student, main, parse
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -30,19 +30,13 @@ STUDENT = {
 ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 9}]\n" for i in range(9))
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("pipeline")
-    tiny_flux().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def file(pipeline: str, tmp_path: Path) -> str:
+def file(flux_folder: Path, tmp_path: Path) -> str:
     """A small run."""
     content = {
-        "pipeline": {"name_or_path": pipeline}, "student": STUDENT, "prompts": list(PROMPTS),
-        "eval_prompts": PROMPTS[:2], "pipeline_kwargs": call_kwargs(tiny_flux()),
+        "pipeline": {"name_or_path": str(flux_folder)}, "student": STUDENT,
+        "prompts": list(PROMPTS), "eval_prompts": PROMPTS[:2],
+        "pipeline_kwargs": call_kwargs(tiny_flux()),
         "output_dir": str(tmp_path / "out"), "max_steps": 6, "batch_size": 2,
         "reservoir_size": 8, "eval_every": 3, "checkpoint_every": 2, "trackers": [],
     }  # fmt: skip
@@ -84,33 +78,37 @@ def test_values_mean_what_they_say(file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("arguments", "message"),
     [
-        ("promts", "x", "unrecognized arguments: --promts"),
-        ("max_step", "9", "unrecognized arguments: --max_step"),  # no abbreviations
-        ("pipeline.revison", "x", "unrecognized arguments: --pipeline.revison"),
-        ("max_steps", "many", "max_steps.*int.*many"),
-        ("max_steps", "0", "max_steps is 0; expected an integer of at least 1"),
-        ("pipeline.dtype", "bf16", "dtype.*bfloat16.*bf16"),
-        ("pipeline.offload", "disk", "offload.*sequential.*disk"),
-        ("config", "nowhere.yaml", "nowhere.yaml"),
-        ("pipeline_kwargs.hight", "16", "'hight', which FluxPipeline doesn't take"),
-        ("prompts", "nowhere.txt", "'nowhere.txt' is no such file"),
-        ("eval_prompts", "{generator: quality}", "compositional or text_rendering"),
-        ("eval_prompts", "{held_out: 0.1, number: 3}", "number"),
-        ("student.d_modle", "8", "unknown key 'd_modle' in a student's config"),
-        ("student", "{size: small}", "'size': 'small'.; expected from_pretrained, from_t5 or"),
-        ("student", "{from_pretrained: nobody/nothing}", "'nobody/nothing' is neither"),
-        ("pipeline.name_or_path", "nobody/nothing", "HubAccessError: .*'nobody/nothing'"),
+        ("--promts=x", "unrecognized arguments: --promts"),
+        ("--max_step=9", "unrecognized arguments: --max_step"),  # no abbreviations
+        ("--pipeline.revison=x", "'revison' is not accepted"),
+        ("--max_steps=many", "max_steps.*int.*many"),
+        ("--max_steps=0", "max_steps is 0; expected an integer of at least 1"),
+        ("--pipeline.dtype=bf16", "dtype.*bfloat16.*bf16"),
+        ("--pipeline.offload=disk", "offload.*sequential.*disk"),
+        ("--config=nowhere.yaml", "nowhere.yaml"),
+        ("--pipeline_kwargs.hight=16", "'hight', which FluxPipeline doesn't take"),
+        ("--pipeline_kwargs=null --prompts=nowhere.txt", "'nowhere.txt' is no such file"),
+        ("--eval_prompts='{generator: quality}'", "compositional or text_rendering"),
+        ("--eval_prompts='{held_out: 0.1, number: 3}'", "number"),
+        ("--student.d_modle=8", "unknown key 'd_modle' in a student's config"),
+        ("--student='{size: small}'", "'size': 'small'.; expected from_pretrained, from_t5 or"),
+        ("--student='{from_pretrained: nobody/nothing}'", "'nobody/nothing' is neither"),
+        ("--pipeline=nobody/nothing", "HubAccessError: .*'nobody/nothing'"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(
-    hub: Any, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    name: str, value: str, message: str,
-) -> None:  # fmt: skip
+    hub: Any,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    message: str,
+) -> None:
     monkeypatch.setattr(PipelineArguments, "load", None)
     with pytest.raises(SystemExit, match=f"(?s){message}"):
-        main(["--config", file, f"--{name}", value])
+        main(["--config", file, *shlex.split(arguments)])
     assert not (tmp_path / "out").exists()
 
 
@@ -120,7 +118,7 @@ def test_mistakes_are_named_before_anything_is_loaded(
         ("pipeline: {revison: x}\n", "revison"),
         ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
         ("- a\n", "Unexpected config"),
-        ("{}", "required.*pipeline.name_or_path"),
+        ("{}", "required: pipeline, student, prompts, output_dir"),
         ("student: " + "[" * 100_000, "maximum nesting depth"),
         (ALIASES, "an alias"),
         ("a: \xff", "utf-8"),
@@ -135,7 +133,7 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     assert time.monotonic() - start < 5
 
 
-def test_students_of_each_kind(pipeline: str, tmp_path: Path) -> None:
+def test_students_of_each_kind(flux_folder: Path, tmp_path: Path) -> None:
     def projection(source: dict[str, Any], seed: int) -> torch.Tensor:
         return load_student(source, seed).final_projection[0].weight
 
@@ -144,7 +142,7 @@ def test_students_of_each_kind(pipeline: str, tmp_path: Path) -> None:
     assert not torch.equal(projection(STUDENT, 4), fresh)
     load_student(STUDENT, 3).save_pretrained(tmp_path)
     assert torch.equal(projection({"from_pretrained": str(tmp_path)}, 0), fresh)
-    source = {"from_t5": pipeline, "subfolder": "text_encoder_2", "projection_dim": 24}
+    source = {"from_t5": str(flux_folder), "subfolder": "text_encoder_2", "projection_dim": 24}
     assert len(projection(source, 0)) == 24
 
 
@@ -166,15 +164,6 @@ def test_a_dry_run_leaves_nothing(file: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_a_dry_run_changes_neither_student_nor_pipeline(file: str) -> None:
-    run, config, _ = parse(["--config", file])
-    student = tiny_student(pipe := tiny_flux())
-    before, components = copy.deepcopy(student.state_dict()), dict(pipe.components)
-    measure(run, config, pipe, student)
-    torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
-    assert pipe.components == components
-
-
 def test_a_run_is_saved_and_resumed(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,8 +176,6 @@ def test_a_run_is_saved_and_resumed(
 
     with pytest.raises(SystemExit, match="holds another run or model"):
         main(["--config", saved])
-    with pytest.raises(SystemExit, match=r"learning_rate: then 1e-07, now 0\.1"):
-        main(["--config", saved, "--resume", "true", "--learning_rate", "0.1"])
     before = weights(out)
     main(["--config", saved, "--resume", "true"])
     torch.testing.assert_close(weights(out), before, rtol=0, atol=0)

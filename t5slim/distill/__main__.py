@@ -1,14 +1,16 @@
-"""`t5slim distill`: a run from a YAML file, with arguments that override it; or its dry run."""
+"""`t5slim distill`: a run from a YAML file, with arguments that override it; or its dry run.
+
+`t5slim evaluate` shares `command_parser`, `parse_arguments` and `PipelineArguments`.
+"""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +40,16 @@ _parse_yaml = get_loader("yaml")
 
 @dataclass(frozen=True)
 class PipelineArguments:
-    """The teacher's pipeline, and how to load it; documented in docs/command-line.md."""
+    """The teacher's pipeline, and how to load it.
+
+    Attributes:
+        name_or_path: Folder or Hub id.
+        revision, variant, cache_dir, local_files_only: As for `DiffusionPipeline.from_pretrained`.
+        dtype: Of all components, or by their name, with "default" for the rest.
+        quantization: Arguments of `diffusers.PipelineQuantizationConfig`.
+        device: Such as "cuda:1"; None: that of the process.
+        offload: CPU offload of the whole model or of its single layers; None: none.
+    """
 
     name_or_path: str
     revision: str | None = None
@@ -84,45 +95,62 @@ def load_yaml(text: str) -> Any:
     return _parse_yaml(text)
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, str]:
-    """Parse the arguments into the run, its settings, and both as YAML."""
+def command_parser(prog: str) -> ArgumentParser:
+    """Return the parser of a command, so far for a YAML file and the pipeline."""
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
-    parser = ArgumentParser(prog="t5slim distill", exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these arguments")
-    add("--dry_run", action="store_true", help="measure time and memory, and leave nothing behind")
-    add("--pipeline", type=PipelineArguments)
-    add("--student", type=dict[str, Any], required=True, help="from_pretrained, from_t5 or preset")
-    add("--prompts", type=Prompts, required=True, help="file, list or mapping: see docs/prompts.md")
-    add("--eval_prompts", type=Prompts | None, default={"held_out": 0.01, "count": 64})
-    add("--pipeline_kwargs", type=dict[str, Any], default={}, help="of the pipeline's call")
-    add("--output_dir", type=str, required=True)
-    add("--teacher_cache", type=str | None, help="folder of T5's embeddings of all prompts")
-    add("--resume", type=bool, default=False, help="continue the run in output_dir, if any")
-    add("--push_to_hub", type=bool | str, default=False, help="true, or owner/name")
-    parser.add_class_arguments(DistillConfig)
+    add("--pipeline", type=PipelineArguments | str, required=True, help="Hub id, or how to load it")
+    return parser
+
+
+def parse_arguments(
+    parser: ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[Namespace, str]:
+    """Parse arguments, None: those of the process. A ConfigError names any mistake in them.
+
+    Returns:
+        The arguments, with `pipeline` as `PipelineArguments`; and a YAML file of all of them.
+    """
     try:
         given = parser.parse_args(arguments)
     except (ArgumentError, ValueError, RecursionError) as error:  # not UTF-8; too deeply nested
-        raise ConfigError(f"{error}\nAll arguments: t5slim distill --help") from error
+        raise ConfigError(f"{error}\nAll arguments: {parser.prog} --help") from error
     del given["config"]
     run = parser.instantiate(given)
-    config = DistillConfig(**{item.name: run[item.name] for item in fields(DistillConfig)})
-    del given["dry_run"]
-    return run, config, parser.dump(given, skip_unset=False)
+    if isinstance(run.pipeline, str):
+        run.pipeline = PipelineArguments(run.pipeline)
+    return run, parser.dump(given, skip_unset=False)
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, str]:
+    """Parse the arguments into the run, its settings, and both as YAML."""
+    parser = command_parser("t5slim distill")
+    add = parser.add_argument
+    add("--dry_run", action="store_true", help="measure time and memory, and leave nothing behind")
+    add("--student", type=dict[str, Any], required=True, help="from_pretrained, from_t5 or preset")
+    add("--prompts", type=Prompts, required=True, help="file, list or mapping: see docs/prompts.md")
+    add("--eval_prompts", type=Prompts | None, default={"held_out": 0.01, "count": 64})
+    add("--output_dir", type=str, required=True)
+    add("--teacher_cache", type=str | None, help="folder of T5's embeddings of all prompts")
+    skip: set[str | int] = {"pipe", "student", "prompts", "config", "eval_prompts", "output_dir"}
+    parser.add_function_arguments(train, skip=skip | {"optimizer"})
+    settings = parser.add_class_arguments(DistillConfig)
+    run, text = parse_arguments(parser, arguments)
+    return run, DistillConfig(**{name: run[name] for name in settings}), text
 
 
 def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
     """Load, or make, the student that a mapping describes; the seed is that of fresh weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        match source:
-            case {"from_pretrained": name, **options}:
-                return SlimT5Encoder.from_pretrained(name, **options)
-            case {"from_t5": name, **options}:
-                return SlimT5Encoder.from_t5(name, **options)
-            case {"preset": name, **options}:
-                return SlimT5Encoder(SlimT5Config.preset(name, **options))
+    torch.manual_seed(seed)
+    match source:
+        case {"from_pretrained": name, **options}:
+            return SlimT5Encoder.from_pretrained(name, **options)
+        case {"from_t5": name, **options}:
+            return SlimT5Encoder.from_t5(name, **options)
+        case {"preset": name, **options}:
+            return SlimT5Encoder(SlimT5Config.preset(name, **options))
     raise ConfigError(f"student: {source}; expected from_pretrained, from_t5 or preset.")
 
 
@@ -149,10 +177,9 @@ def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
 
 
 def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> str:
-    """Make three updates of a copy of the student; extrapolate to the run."""
+    """Make three updates of the student, and extrapolate to the run."""
     trial = replace(config, max_steps=3, eval_every=1, samples_every=0, trackers=())
-    student, kwargs = copy.deepcopy(student), run.pipeline_kwargs
-    result = train(pipe, student, run.prompts, trial, pipeline_kwargs=kwargs)
+    result = train(pipe, student, run.prompts, trial, pipeline_kwargs=run.pipeline_kwargs)
     # The first update captures trajectories, from whose samples the next ones draw.
     first, last = result.history[0], result.history[-1]
     update = (last["seconds"] - first["seconds"]) / 2
@@ -178,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not run.resume:
             check_output_dir(folder, False, {})
         TextSlot(run.pipeline.cls)
-        check_pipeline_kwargs(run.pipeline.cls, run.pipeline_kwargs)
+        check_pipeline_kwargs(run.pipeline.cls, run.pipeline_kwargs or {})
         student = load_student(run.student, config.seed)
         run.prompts = PromptSource(run.prompts)
         match run.eval_prompts:
