@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny import PROMPTS, call_kwargs, tiny_flux
 
@@ -64,8 +63,8 @@ def test_values_mean_what_they_say(file: str) -> None:
         ["--config", file, "--max_steps", "1_000", "--learning_rate", "1e-4",
          "--guidance_scales", "[2.0, 3.5]", "--objective", "{velocity: 1, embedding: 10}",
          "--objective.embedding", "1e-1", "--pipeline.revision", "2024-01-02",
-         "--pipeline.dtype", "{default: bfloat16}", "--student.d_ff", "64", "--push_to_hub", "true",
-         "--eval_prompts", "null"]
+         "--pipeline.dtype", "{default: bfloat16}", "--student.d_ff", "64",
+         "--push_to_hub", "me/mine", "--eval_prompts", "null"]
     )  # fmt: skip
     assert (config.learning_rate, config.max_steps) == (1e-4, 1000)
     assert config.guidance_scales == (2.0, 3.5)
@@ -73,7 +72,7 @@ def test_values_mean_what_they_say(file: str) -> None:
     assert run.pipeline.revision == "2024-01-02"  # not a date
     assert run.pipeline.dtype == {"default": "bfloat16"}
     assert run.student == {**STUDENT, "d_ff": 64}
-    assert run.push_to_hub is True
+    assert run.push_to_hub == "me/mine"
     assert run.eval_prompts is None
 
 
@@ -169,7 +168,7 @@ def test_a_run_is_saved_and_resumed(
 ) -> None:
     arguments = ["--config", file, "--keep_checkpoints", "1", "--learning_rate", "1e-7"]
     main(arguments)
-    assert "velocity gap" in capsys.readouterr().out
+    assert "gap_without_ema" in capsys.readouterr().out
     out, saved = tmp_path / "out", str(tmp_path / "out" / "run.yaml")
     assert parse(["--config", saved]) == parse(arguments)
     assert yaml.safe_load(Path(saved).read_text())["learning_rate"] == 1e-7
@@ -220,12 +219,11 @@ def test_two_processes_share_the_work(file: str, tmp_path: Path) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     cache = ["--teacher_cache", str(tmp_path / "cache")]
     shown = launch("-m", *torchrun, "-m", "t5slim.distill", "--config", file, *cache, *alike)
-    assert shown.count("training time") == 1  # one of them prints
+    assert shown.count("student_samples") == 1  # one of them prints
     torch.testing.assert_close(weights(tmp_path / "out"), weights(tmp_path / "one"))
 
 
 def test_launches_that_make_no_sense(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = property(lambda _: DistributedType.DEEPSPEED)
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", kind)
-    with pytest.raises(SystemExit, match="launched with DEEPSPEED, which shards"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(SystemExit, match=r"ACCELERATE_USE_DEEPSPEED.*can't be sharded"):
         main(["--config", file])

@@ -185,9 +185,10 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> s
     update = (last["seconds"] - first["seconds"]) / 2
     share = first["student_samples"] / (config.reuse * (first["teacher_samples"] or math.inf))
     seconds = config.max_steps * (update + share * (first["seconds"] - update))
+    peak = result.peak_memory_gib or math.nan  # which a CPU doesn't count
     size = 4 * sum(p.numel() for p in student.parameters()) * (3 + bool(config.ema_decay))
     return (
-        f"peak memory  {result.peak_memory_gib:.2f} GiB, before the reservoir fills up\n"
+        f"peak memory  {peak:.2f} GiB, before the reservoir fills up\n"
         f"update       {update:.3g} s; the first, with trajectories, {first['seconds']:.3g} s\n"
         f"checkpoint   {size:,} bytes, of which {config.keep_checkpoints} are kept\n"
         f"run          about {timedelta(seconds=round(seconds))}, and evaluations"
@@ -198,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     with exit_on_error(), ExitStack() as stack:
         run, config, text = parse(arguments)
+        check_launch(config)
         # Not PartialState, which ignores ACCELERATE_USE_CPU.
         accelerator = Accelerator(mixed_precision="no")
-        check_launch(accelerator, config)
         folder = Path(run.output_dir)
         if not run.resume:
             check_output_dir(folder, False, {})

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
 import os
 import platform
 import re
-import sys
 import textwrap
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -27,10 +21,11 @@ from PIL import Image, ImageDraw, ImageFont
 from .. import __version__
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
-from ..hub import write_atomic
+from ..hub import read_json, write_atomic
+from .calls import tensor_sha256
 from .config import DistillConfig
 from .metrics import GapReport
-from .pipeline import denoisers, teacher_of
+from .pipeline import Encode, denoisers, generate, teacher_of
 from .prompts import PromptSource
 
 _THIRDS = ("first", "middle", "last")
@@ -46,11 +41,12 @@ _FREE = {
     "batch_size",
     "gradient_accumulation_steps",
 }
+_NOTED_BY_A_SAVE = {"architectures", "dtype", "transformers_version"}  # in the student's config
 
 
 @dataclass
 class DistillResult:
-    """The outcome of a distillation; `print(result)` shows a table.
+    """The outcome of a distillation; `print(result)` shows its numbers.
 
     Attributes:
         student: The student that was passed, trained: EMA weights, in its dtype, in eval mode.
@@ -65,7 +61,8 @@ class DistillResult:
         loss: Mean over the updates since the last entry of `history`.
         gap: The velocity gap on `eval_prompts`; None without.
         gap_without_ema: The velocity gap of the last weights; None without.
-        peak_memory_gib: The highest use of a device (on a CPU: of a process), in GiB.
+        peak_memory_gib: The highest use of the main process's device, in GiB; None where it isn't
+            counted (CPU, MPS).
     """
 
     student: SlimT5Encoder = field(repr=False)
@@ -80,79 +77,35 @@ class DistillResult:
     loss: float = math.nan
     gap: float | None = None
     gap_without_ema: float | None = None
-    peak_memory_gib: float = 0.0
+    peak_memory_gib: float | None = None
 
     def numbers(self) -> dict[str, Any]:
-        """The numbers among the attributes."""
+        """The numbers among the attributes, by name."""
         left_out = ("student", "output_dir", "report", "history")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
-    def add_history(
-        self, learning_rate: float, grad_norms: Sequence[float], prompts_per_step: int
-    ) -> dict[str, Any]:
-        """Add an entry for an evaluation, and return it.
-
-        Args:
-            learning_rate: Of the last update.
-            grad_norms: Those since the last entry, before clipping, as far as they were finite.
-            prompts_per_step: On all processes.
-        """
-        before = self.history[-1] if self.history else {"step": 0, "seconds": 0.0}
+    def add_history(self, learning_rate: float) -> dict[str, Any]:
+        """Add an entry for an evaluation, after an update with `learning_rate`, and return it."""
         numbers = self.numbers()
         entry = {"step": numbers.pop("steps"), "learning_rate": learning_rate, **numbers}
         if self.report is not None:
             thirds = zip(_THIRDS, self.report.thirds, strict=True)
             entry |= {f"gap_{name}_third": gap for name, gap in thirds}
-            entry["gap_real_tokens"] = self.report.real_tokens
-            entry["gap_padding"] = self.report.padding
             entry["embedding_spread"] = self.report.spread
-        if grad_norms:
-            entry |= {"grad_norm_mean": fmean(grad_norms), "grad_norm_max": max(grad_norms)}
-        rate = (self.steps - before["step"]) / (self.seconds - before["seconds"])
-        entry["prompts_per_second"] = rate * prompts_per_step
         named = {f"velocity_{k}" if k.startswith("gap") else k: v for k, v in entry.items()}
         self.history.append({name: value for name, value in named.items() if value is not None})
         return self.history[-1]
 
-    def table(self) -> dict[str, str]:
-        """The result as names and values."""
-        lines = {"updates": f"{self.steps:,}, {self.skipped:,} skipped"}
-        if self.gap is not None:
-            lines["velocity gap (0: the teacher, 1: an empty prompt)"] = f"{self.gap:.4f}"
-            lines["velocity gap without EMA"] = f"{self.gap_without_ema:.4f}"
-        if self.report is not None:
-            thirds = ("-" if third is None else f"{third:.4f}" for third in self.report.thirds)
-            lines["velocity gap by third of the trajectory"] = "  ".join(thirds)
-            if self.report.spread is not None:
-                lines["spread between prompts (1: the teacher's)"] = f"{self.report.spread:.4f}"
-        lines["loss"] = f"{self.loss:.4g}"
-        lines["training time"] = str(timedelta(seconds=round(self.seconds)))
-        lines["denoiser samples of the teacher"] = f"{self.teacher_samples:,}"
-        lines["denoiser samples of the student"] = f"{self.student_samples:,}"
-        lines["peak memory"] = f"{self.peak_memory_gib:.2f} GiB"
-        return lines
-
     def __str__(self) -> str:
-        lines = self.table()
-        if self.output_dir is not None:
-            lines["saved in"] = str(self.output_dir)
-        width = max(map(len, lines))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+        numbers = {name: value for name, value in self.numbers().items() if value is not None}
+        return "\n".join(f"{name:<16}  {round(value, 5)}" for name, value in numbers.items())
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """The highest use of `device` since `reset_peak_memory`, in GiB; where the device doesn't count
-    it (CPU, MPS), that of this process since it started.
-    """
+def peak_memory_gib(device: torch.device) -> float | None:
+    """The highest use of `device` since `reset_peak_memory`, in GiB; None if it isn't counted."""
     module = torch.get_device_module(device)
-    if hasattr(module, "max_memory_allocated"):
-        return module.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    counted = hasattr(module, "max_memory_allocated")
+    return module.max_memory_allocated(device) / 2**30 if counted else None
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -174,61 +127,58 @@ def run_facts(
     eval_prompts: list[str] | None,
     processes: int,
 ) -> dict[str, Any]:
-    """Facts of the making of a student, as plain values: for its model card, and for resuming."""
+    """Facts of the making of a student, in the types of JSON.
+
+    `identity` has those that decide on the weights, by which a run is known when it is resumed; the
+    others are for its model card.
+    """
     device = torch.device(pipe._execution_device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     teacher = teacher_of(pipe)
     denoiser = next(iter(denoisers(pipe).values()), pipe)
     packages = ("torch", "diffusers", "transformers", "accelerate")
-    facts = {
-        "run_id": uuid.uuid4().hex[:8],
-        "pipeline": _named(pipe, denoiser.config.get("_name_or_path")),
-        "teacher": _named(teacher, teacher.config.name_or_path),
+    identity = {
         "pipeline_class": type(pipe).__name__,
         "pipeline_kwargs": _by_content(dict(pipeline_kwargs)),
-        "student": student.config.to_diff_dict(),
-        "config": vars(config),
         "prompts_per_step": config.batch_size * config.gradient_accumulation_steps * processes,
         "prompts": prompts.facts(),
         "eval_prompts": None if eval_prompts is None else PromptSource(eval_prompts).facts(),
-        "precision": {
-            "student": "float32",
-            "denoiser": str(denoiser.dtype).removeprefix("torch."),
-            "autocast": config.mixed_precision,
+        **{f"config.{k}": v for k, v in vars(config).items() if k not in _FREE},
+        **{
+            f"student.{k}": v
+            for k, v in student.config.to_diff_dict().items()
+            if k not in _NOTED_BY_A_SAVE
         },
+    }
+    facts = {
+        "identity": identity,
+        "pipeline": _named(pipe, denoiser.config.get("_name_or_path")),
+        "teacher": _named(teacher, teacher.config.name_or_path),
+        "config": vars(config),
+        "denoiser_dtype": str(denoiser.dtype).removeprefix("torch."),
         "versions": {"t5slim": __version__} | {name: version(name) for name in packages},
         "hardware": f"{processes} x {hardware} ({device.type})",
     }
     return json.loads(json.dumps(facts, default=str))
 
 
-def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> dict[str, Any]:
+def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> None:
     """Refuse a folder that holds something else than the run to be resumed.
 
-    Returns:
-        The facts, with the id of the run that is resumed.
-
     Raises:
-        DistillError: The folder is a file, or holds a model or a run with other settings; the
-            message says which.
+        DistillError: The folder holds a model or a run with other settings; the message says which.
+        ConfigError: Its `distillation.json` is damaged.
     """
     path = folder / METADATA
     if not (resume and path.exists()):
-        if folder.exists() and not folder.is_dir():
-            raise DistillError(f"output_dir {str(folder)!r} is a file; expected a folder.")
-        for pattern in (METADATA, HISTORY, "config.json", "*.safetensors"):
-            for found in folder.glob(pattern):
+        for name in (METADATA, "config.json"):
+            if (folder / name).exists():
                 raise DistillError(
-                    f"output_dir {str(folder)!r} holds another run or model ({found.name}). Pass "
+                    f"output_dir {str(folder)!r} holds another run or model ({name}). Pass "
                     "resume=True to go on with it, a new folder, or remove that one."
                 )
-        return dict(facts)
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        then, now = _identity(before), _identity(facts)
-        run_id = before["run_id"]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DistillError(f"{path} is damaged ({error}): this run can't be resumed.") from error
+        return
+    then, now = read_json(path).get("identity", {}), facts["identity"]
     differences = [
         f"{name}: then {json.dumps(then.get(name)):.100}, now {json.dumps(now.get(name)):.100}"
         for name in sorted(then.keys() | now.keys())
@@ -240,17 +190,6 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> di
             f"{'; '.join(differences)}. Pass those that the run was started with, or another "
             "output_dir."
         )
-    return {**facts, "run_id": run_id}
-
-
-def _identity(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that decide on the weights."""
-    names = ("pipeline_class", "pipeline_kwargs", "prompts_per_step", "prompts", "eval_prompts")
-    flat = {name: facts[name] for name in names}
-    flat |= {f"config.{k}": v for k, v in facts["config"].items() if k not in _FREE}
-    # A save notes the others in the student's config.
-    shape = facts["student"].keys() - {"architectures", "dtype", "transformers_version"}
-    return flat | {f"student.{k}": facts["student"][k] for k in shape if k[0] != "_"}
 
 
 def _by_content(value: Any) -> Any:
@@ -259,16 +198,11 @@ def _by_content(value: Any) -> Any:
         return {str(key): _by_content(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_by_content(one) for one in value]
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous()
-        array = value.flatten().view(torch.uint8).numpy()
-    elif isinstance(value, (Image.Image, np.ndarray)):
-        array = np.ascontiguousarray(value)
-    else:
+    if not isinstance(value, (torch.Tensor, Image.Image, np.ndarray)):
         return value
-    kind = getattr(value, "mode", None) or value.dtype
-    shape = getattr(value, "shape", array.shape)
-    return f"{kind} {tuple(shape)} {hashlib.sha256(array.tobytes()).hexdigest()}"
+    kind = value.mode if isinstance(value, Image.Image) else value.dtype
+    tensor = value if isinstance(value, torch.Tensor) else torch.tensor(np.asarray(value))
+    return f"{kind} {tuple(tensor.shape)} {tensor_sha256(tensor)}"
 
 
 def _named(module: Any, name_or_path: str | os.PathLike[str] | None) -> str:
@@ -287,87 +221,83 @@ def _named(module: Any, name_or_path: str | os.PathLike[str] | None) -> str:
 def write_run(folder: Path, facts: Mapping[str, Any], result: DistillResult) -> None:
     """Write `distillation.json` and `history.jsonl`."""
     content = json.dumps({**facts, "result": result.numbers()}, indent=2)
-    write_atomic(folder / METADATA, f"{content}\n".encode())
+    write_atomic(folder / METADATA, content.encode())
     lines = "".join(json.dumps(entry) + "\n" for entry in result.history)
     write_atomic(folder / HISTORY, lines.encode())
 
 
-def read_history(folder: Path | None, step: int) -> list[dict[str, Any]]:
-    """The entries of `history.jsonl` up to update `step`."""
-    if folder is None or not (folder / HISTORY).exists():
-        return []
-    entries = map(json.loads, (folder / HISTORY).read_text(encoding="utf-8").splitlines())
-    return [entry for entry in entries if entry["step"] <= step]
-
-
 def card_notes(facts: Mapping[str, Any], result: DistillResult, images: Sequence[str]) -> str:
-    """The distillation's part of the model card, in Markdown; `images` lie beside the card."""
-    lines = {
-        **{name: facts[name] for name in ("pipeline", "teacher")},
-        "called with": ", ".join(f"{k}={v!r}" for k, v in facts["pipeline_kwargs"].items()),
-        "prompts": json.dumps(facts["prompts"]),
-        "held-out prompts": json.dumps(facts["eval_prompts"]),
-        **result.table(),
-        "hardware": facts["hardware"],
-        "versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
+    """The distillation's part of the model card, in Markdown.
+
+    Args:
+        facts: As `run_facts` returns them.
+        result: Of the finished run.
+        images: Names of files that lie beside the card.
+    """
+    content = json.dumps({**facts, "result": result.numbers()}, indent=2)
     shown = "\n\n".join(f"![{image}]({image})" for image in images)
-    settings = json.dumps(facts["config"], indent=2)
     return f"""\
 ## Distillation
 
 | | |
 |---|---|
-{table}
+| pipeline | {facts["pipeline"]} |
+| teacher | {facts["teacher"]} |
+| velocity gap | {"not measured" if result.gap is None else f"{result.gap:.4f}"} |
 
 The velocity gap is how far the denoiser's predictions move from those under the teacher, over how
 far they move under an empty prompt: 0 for the teacher, 1 for no prompt at all.
 
 {shown}
 
-<details><summary>Settings</summary>
-
 ```json
-{settings}
+{content}
 ```
-
-</details>
 """
 
 
 def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the history of a run into a PNG. Needs matplotlib."""
+    """Plot the gaps and the loss of a run over its updates into a PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
     from matplotlib.figure import Figure  # type: ignore[import-not-found]
 
-    panels = {
-        "velocity gap": ("velocity_gap", "velocity_gap_without_ema"),
-        "velocity gap by third": tuple(f"velocity_gap_{third}_third" for third in _THIRDS),
-        "spread between prompts": ("embedding_spread",),
-        "loss": ("loss",),
-        "gradient norm": ("grad_norm_mean", "grad_norm_max"),
-        "prompts per second": ("prompts_per_second",),
-    }
-    figure = Figure(figsize=(15, 7), layout="constrained")
-    for (title, keys), axes in zip(panels.items(), figure.subplots(2, 3).flat, strict=True):
+    gaps = ("", "_without_ema", *(f"_{third}_third" for third in _THIRDS))
+    panels = {"velocity gap": [f"velocity_gap{gap}" for gap in gaps], "loss": ["loss"]}
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    for (title, keys), axes in zip(panels.items(), figure.subplots(1, 2), strict=True):
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             if points:
                 axes.plot(*zip(*points, strict=True), label=key, marker=".")
                 axes.legend()
-        linear = title in ("spread between prompts", "prompts per second")
-        axes.set(title=title, xlabel="updates", yscale="linear" if linear else "log")
+        axes.set(title=title, xlabel="updates", yscale="log")
         axes.grid(alpha=0.3, which="both")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
-    write_atomic(path, content.getvalue())
+    figure.savefig(path, dpi=100)
 
 
-def png(image: Image.Image) -> bytes:
-    """An image as a PNG file."""
-    content = io.BytesIO()
-    image.save(content, "png")
-    return content.getvalue()
+def sample_images(
+    pipe: Any,
+    encode: Encode,
+    prompts: Sequence[str],
+    pipeline_kwargs: Mapping[str, Any],
+    seed: int,
+) -> list[Image.Image]:
+    """Generate an image of each prompt; none where the pipeline makes video or sound.
+
+    Args:
+        pipe: The pipeline.
+        encode: In the place of its T5, as for `run_pipeline`.
+        prompts: Generated one by one, in the memory that one needs.
+        pipeline_kwargs: How to call the pipeline.
+        seed: Of the first prompt's noise; each of the others has the next one.
+    """
+    images: list[Image.Image] = []
+    for i, prompt in enumerate(prompts):
+        images += generate(pipe, [prompt], pipeline_kwargs, [seed + i], encode)[:1]
+    return images
 
 
 def image_grid(
@@ -387,14 +317,12 @@ def image_grid(
     font, gap = ImageFont.load_default(14), 48
     grid = Image.new("RGB", (len(columns) * cell, gap + len(prompts) * (size[1] + gap)), "white")
     draw = ImageDraw.Draw(grid)
-    for c, (name, images) in enumerate(columns.items()):
+    for c, name in enumerate(columns):
         draw.text((c * cell + 4, 4), textwrap.shorten(name, cell // 8), "black", font)
-        for i, image in enumerate(images):
-            place = (c * cell, (i + 1) * gap + i * size[1])
-            grid.paste(image.convert("RGB").resize(size, how), place)
     for i, prompt in enumerate(prompts):
+        top = (i + 1) * gap + i * size[1]
         lines = textwrap.wrap(prompt, len(columns) * cell // 8, max_lines=2)
-        draw.text(
-            (4, (i + 1) * gap + i * size[1] - 4), "\n".join(lines), "black", font, anchor="ld"
-        )
+        draw.text((4, top - 4), "\n".join(lines), "black", font, anchor="ld")
+        for c, images in enumerate(columns.values()):
+            grid.paste(images[i].convert("RGB").resize(size, how), (c * cell, top))
     return grid

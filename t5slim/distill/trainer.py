@@ -12,18 +12,12 @@ from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
-from accelerate.utils import (  # type: ignore[import-untyped]
-    DistributedType,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-)
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration  # type: ignore[import-untyped]
 from diffusers.optimization import get_scheduler
 from huggingface_hub import HfApi, ModelCard
-from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -37,13 +31,11 @@ from .config import DistillConfig
 from .metrics import VelocityGap, check_student
 from .objective import Objective
 from .pipeline import (
-    Encode,
     check_no_cache,
     check_pipeline_kwargs,
     denoisers,
     encoded_by,
     frozen,
-    generate,
     is_sharded,
 )
 from .prompts import Prompts, PromptSource, load_prompts
@@ -62,7 +54,7 @@ def train(
     eval_prompts: Prompts | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    push_to_hub: bool | str = False,
+    push_to_hub: str | None = None,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
 ) -> report.DistillResult:
     """Distil `student` to take the place of the T5 in `pipe`. No images are needed, only prompts.
@@ -97,9 +89,8 @@ def train(
             model card, and `run.png`, a plot. Loaded with
             `SlimT5Encoder.from_pretrained(output_dir)`.
         resume: Go on with the run in `output_dir`; start it, if there is none yet.
-        push_to_hub: Upload the student in the end, with its model card: to this repository
-            (`owner/name`), or, if True, to one that is named as `output_dir`. It is made before the
-            training.
+        push_to_hub: Upload the student in the end, with its model card, to this repository
+            (`owner/name`). It is made before the training.
         optimizer: Makes the optimizer of a list of parameters, with a learning rate of its own,
             which the schedule scales. Default: AdamW with the config's settings.
 
@@ -110,7 +101,9 @@ def train(
         DistillError: An argument or the launch doesn't fit, before the training; or too many
             successive gradients aren't finite: the student then holds the last good weights.
         NoT5SlotError, IncompatibleStudentError: As for `patch_pipeline`.
-        HubAccessError: The repository of `push_to_hub` can't be made or written.
+        HubAccessError: The repository of `push_to_hub` can't be made; or, in the end, when the
+            student is trained and saved, not be written.
+        OSError: A checkpoint can't be written; earlier ones are intact.
         KeyboardInterrupt: After a checkpoint was written.
     """
     config, kwargs = config or DistillConfig(), dict(pipeline_kwargs or {})
@@ -119,30 +112,34 @@ def train(
     check_pipeline_kwargs(pipe, kwargs)
     source = PromptSource(prompts)
     held_out = None if eval_prompts is None else load_prompts(eval_prompts)
-    if folder is not None or push_to_hub:
+    if folder or push_to_hub:
         check_no_lora(student)
     if folder is None and resume:
         raise DistillError("resume=True needs the output_dir of the run to go on with.")
-    if config.samples_every and (held_out is None or folder is None):
+    if config.samples_every and not (held_out and folder):
         raise DistillError("samples_every needs eval_prompts, for the images, and an output_dir.")
+    if missing := ", ".join(set(config.trackers) - set(map(str, get_available_trackers()))):
+        raise DistillError(f"trackers: {missing}; expected some that accelerate finds installed.")
+    check_launch(config)
     accelerator = Accelerator(
         # Not the argument of that name, which the environment overrides.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps
         ),
-        log_with=_trackers(config, folder) or None,
+        log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=folder and folder / "logs"),
     )
-    check_launch(accelerator, config)
     # Precision is the config's: accelerate fixes it once for a process (see `call_denoiser`).
     accelerator.native_amp, accelerator.scaler = False, None
     main, processes = accelerator.is_main_process, accelerator.num_processes
     facts = report.run_facts(pipe, student, config, kwargs, source, held_out, processes)
     checkpoint = None
     if folder is not None:
-        facts = report.check_output_dir(folder, resume, facts)
+        report.check_output_dir(folder, resume, facts)
         checkpoint = load_checkpoint(folder / report.CHECKPOINTS) if resume else None
-    repo_id = _create_repository(push_to_hub, folder) if main else None
+    if push_to_hub and main:  # rather now than after a week of training
+        with hub_errors(f"push_to_hub: {push_to_hub!r}"):
+            push_to_hub = HfApi().create_repo(push_to_hub, exist_ok=True).repo_id
     folder = folder if main else None
     device = torch.device(pipe._execution_device)
 
@@ -162,19 +159,22 @@ def train(
         if held_out is not None and (main or is_sharded(pipe)):
             measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs)
         sampled = measure.prompts[:4] if measure and config.samples_every else []
-        sample = partial(_generate, pipe, sampled, kwargs, config.seed)
+        sample = partial(
+            report.sample_images, pipe, prompts=sampled, pipeline_kwargs=kwargs, seed=config.seed
+        )
         # At once: a device without room for the decoder is noticed now.
         teacher_images = sample(call_encoder)
-        parameters = [p for p in student.parameters() if p.requires_grad]
-        optim = (optimizer or _adamw(config))(parameters)
+        adamw = partial(
+            torch.optim.AdamW, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        optim = (optimizer or adamw)([p for p in student.parameters() if p.requires_grad])
         # The student is on the pipeline's device, which needn't be accelerate's.
         model = accelerator.prepare(student.train(), device_placement=[False])
-        state = TrainingState(student, optim, reservoir, config, device)
+        state = TrainingState(student, optim, reservoir, config)
         result = state.result
         result.output_dir = folder
         if checkpoint is not None:
             state.restore(checkpoint, config.max_steps)
-            result.history = report.read_history(folder, result.steps)
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         # Not prepared: accelerate would step it once for each process.
@@ -185,16 +185,18 @@ def train(
             num_training_steps=config.max_steps,
             last_epoch=result.steps - result.skipped - 1,
         )
-        stack.enter_context(_tracking(accelerator, facts, folder, result.steps))
+        accelerator.init_trackers("t5slim", {k: str(v) for k, v in vars(config).items()})
+        for tracker in accelerator.trackers:
+            # Not by `end_training`, which ends the process group, too: a notebook couldn't train a
+            # second time.
+            stack.callback(_side_job("The end of a tracker")(tracker.finish))
         report.reset_peak_memory(device)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             report.write_run(folder, facts, result)
 
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(device.type, config.autocast_dtype, config.mixed_precision != "no"):
-                return model(*args, **kwargs)
-
+        dtype = config.autocast_dtype
+        encode = torch.autocast(device.type, dtype, dtype is not None)(model.__call__)
         bar = tqdm(total=config.max_steps, initial=result.steps, desc="distil", disable=not main)
         stack.enter_context(bar)
         while result.steps < config.max_steps:
@@ -222,39 +224,34 @@ def train(
             if finished or result.steps % config.eval_every == 0:
                 total, count = accelerator.reduce(state.losses, "sum").tolist()
                 result.loss = total / count if count else float("nan")
-                result.peak_memory_gib = _highest(
-                    accelerator, report.peak_memory_gib(device), device
-                )
+                result.peak_memory_gib = report.peak_memory_gib(device)
                 with state.ema_weights():
                     if measure is not None:
-                        # Real tokens and padding apart cost two more passes: in the end only.
-                        result.report = measure.report(student, parts=finished)
+                        result.report = measure.report(student)
                         result.gap = result.gap_without_ema = result.report.gap
                     if folder is not None and not finished:
                         student.save_pretrained(folder)
                 if measure is not None and state.ema:
                     result.gap_without_ema = measure(student)
-                entry = result.add_history(
-                    learning_rate, state.grad_norms, facts["prompts_per_step"]
-                )
-                state.grad_norms = []
+                entry = result.add_history(learning_rate)
                 state.losses.zero_()
                 with _side_job("The trackers' entry"):
                     accelerator.log({k: v for k, v in entry.items() if k != "step"}, result.steps)
                 if folder is not None:
                     report.write_run(folder, facts, result)
-                shown = {"loss": result.loss, "gap": result.gap}
-                bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items() if v is not None})
+                bar.set_postfix({k: entry[k] for k in ("loss", "velocity_gap") if k in entry})
             if teacher_images and (finished or result.steps % config.samples_every == 0):
-                with _side_job("The image grid"):
-                    with state.ema_weights():
-                        images = sample(encoded_by(student, pipe))
-                    columns = {
+                with _side_job("The image grid"), state.ema_weights():
+                    images = {
                         "teacher": teacher_images,
-                        f"student, update {result.steps:,}": images,
+                        "student": sample(encoded_by(student, pipe)),
                     }
-                    _show(report.image_grid(sampled, columns), result.steps, folder, accelerator)
-            stop = int(_highest(accelerator, interrupted(), device))
+                    if folder is not None:
+                        grid = report.image_grid(sampled, images)
+                        grid.save(folder / f"samples-{result.steps:08d}.png")
+            # The signal that any process got, or 0.
+            signals = torch.tensor([*interrupted, 0], device=device).max()
+            stop = int(accelerator.gather(signals).max())
             if folder and (finished or stop or result.steps % config.checkpoint_every == 0):
                 state.save(folder / report.CHECKPOINTS, config.keep_checkpoints)
             if stop:
@@ -264,9 +261,8 @@ def train(
             bar.update()
         if state.ema:
             state.ema.copy_to(state.parameters)
-        accelerator.unwrap_model(model)
     if main:  # with the student in its own dtype again
-        _finish(result, facts, repo_id)
+        _finish(result, facts, push_to_hub)
     return result
 
 
@@ -275,24 +271,20 @@ def train(
 
 def _check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:
     """Refuse a student that can't learn, or can't from this pipeline."""
-    if isinstance(student, (list, tuple)) or isinstance(pipe, (list, tuple)):
-        raise DistillError(
-            "train takes one pipeline and one student. For a series of students, or one student of "
-            "several pipelines, write the loop: see examples/series and examples/joint."
-        )
     if not isinstance(student, SlimT5Encoder):
         raise DistillError(
-            f"student is a {type(student).__name__}; expected a SlimT5Encoder. To make one of a "
-            "small T5, see SlimT5Encoder.from_t5. To compile one, call student.compile(); "
-            "to give it a LoRA, peft.inject_adapter_in_model(config, student)."
+            f"student is a {type(student).__name__}; expected a SlimT5Encoder: of a small T5, by "
+            "SlimT5Encoder.from_t5; compiled, by student.compile(); with a LoRA, by "
+            "peft.inject_adapter_in_model(config, student). For several students or pipelines, see "
+            "examples/series and examples/joint."
         )
     check_student(pipe, student)
     check_no_cache(pipe)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistillError("No parameter of the student requires a gradient: it can't learn.")
-    dtypes = {getattr(denoiser, "dtype", None) for denoiser in denoisers(pipe).values()}
-    scaled = config.mixed_precision == "fp16"
-    if "velocity" in config.weights_at(0) and torch.float16 in dtypes and not scaled:
+    dtypes = {denoiser.dtype for denoiser in denoisers(pipe).values()}
+    called = "velocity" in config.weights_at(0)
+    if called and torch.float16 in dtypes and config.mixed_precision != "fp16":
         # The gradients of a mean over 100,000 elements are below float16's smallest number, 6e-8.
         raise DistillError(
             f"The denoiser of this {type(pipe).__name__} is in float16, through which gradients "
@@ -301,106 +293,30 @@ def _check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:
         )
 
 
-def check_launch(accelerator: Accelerator, config: DistillConfig) -> None:
-    """Refuse a launch that would train otherwise than the config says."""
-    for name, variable, value in (
-        ("mixed precision", "ACCELERATE_MIXED_PRECISION", config.mixed_precision),
-        ("a dynamo backend", "ACCELERATE_DYNAMO_BACKEND", "no"),
-    ):
-        if (launched := os.environ.get(variable, "no").lower()) not in ("no", value):
+def check_launch(config: DistillConfig) -> None:
+    """Refuse a launch that would train otherwise than the config says.
+
+    Before the first Accelerator of a process, which keeps what it finds in the environment.
+
+    Raises:
+        DistillError: Another precision, a dynamo backend, or a student that would be sharded.
+    """
+    allowed = {
+        "ACCELERATE_MIXED_PRECISION": config.mixed_precision,
+        "ACCELERATE_DYNAMO_BACKEND": "no",
+        **{f"ACCELERATE_USE_{kind}": "false" for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")},
+    }
+    for variable, value in allowed.items():
+        if (launched := os.environ.get(variable, "no").lower()) not in ("no", "false", value):
             raise DistillError(
-                f"{variable}, or accelerate launch, sets {name} to {launched!r}, and the config to "
-                f"{value!r}: set it in the config alone. To compile, call student.compile() and "
-                "pipe.transformer.compile() before train."
+                f"{variable}, or accelerate launch, says {launched!r}; expected {value!r}. The "
+                "precision is the config's. To compile, call student.compile() and "
+                "pipe.transformer.compile() before train. The student is small, and can't be "
+                "sharded; to shard the denoiser, see docs/command-line.md."
             )
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise DistillError(
-            f"This was launched with {kind.value}, which shards what is trained: the student, "
-            "which is small. Launch with distributed_type MULTI_GPU; to shard the denoiser, which "
-            "is large, see docs/command-line.md."
-        )
-
-
-def _trackers(config: DistillConfig, folder: Path | None) -> list[str]:
-    available = set(map(str, get_available_trackers()))
-    if config.trackers is None:
-        return ["tensorboard"] if folder and "tensorboard" in available else []
-    if missing := ", ".join(set(config.trackers) - available):
-        raise DistillError(f"trackers holds {missing!r}, which isn't installed: pip install it")
-    if not folder and "tensorboard" in config.trackers:
-        raise DistillError("TensorBoard writes into a folder: pass an output_dir.")
-    return list(config.trackers)
-
-
-def _create_repository(push_to_hub: bool | str, folder: Path | None) -> str | None:
-    """Create it, if it doesn't exist: rather now than after a week of training."""
-    if push_to_hub is False:
-        return None
-    if push_to_hub is True and folder is None:
-        raise DistillError("push_to_hub=True names the repository after output_dir: pass one.")
-    name = folder.resolve().name if folder is not None and push_to_hub is True else push_to_hub
-    with hub_errors(f"push_to_hub: {name!r}"):
-        return HfApi().create_repo(str(name), exist_ok=True).repo_id
-
-
-def _adamw(config: DistillConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.AdamW(
-        parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
 
 
 # --- during a run ---
-
-
-def _highest(accelerator: Accelerator, value: float, device: torch.device) -> float:
-    """The highest value of any process."""
-    if accelerator.num_processes == 1:
-        return value
-    return accelerator.gather(torch.tensor([float(value)], device=device)).max().item()
-
-
-def _generate(
-    pipe: Any, prompts: list[str], kwargs: Mapping[str, Any], seed: int, encode: Encode
-) -> list[Image.Image]:
-    """An image of each prompt; none where the pipeline generates none."""
-    images: list[Image.Image] = []
-    for i, prompt in enumerate(tqdm(prompts, desc="sample images", leave=False)):
-        images += generate(pipe, [prompt], kwargs, [seed + i], encode)[:1]
-    return images
-
-
-def _show(grid: Image.Image, step: int, folder: Path | None, accelerator: Accelerator) -> None:
-    """Save an image grid, and show it in the trackers."""
-    if folder is not None:
-        (folder / "samples").mkdir(exist_ok=True)
-        for path in (folder / "samples" / f"{step:08d}.png", folder / "samples.png"):
-            write_atomic(path, report.png(grid))
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
-
-
-@contextmanager
-def _tracking(
-    accelerator: Accelerator, facts: Mapping[str, Any], folder: Path | None, step: int
-) -> Iterator[None]:
-    """Trackers that show the run's facts, and go on after update `step`."""
-    wandb = {"id": facts["run_id"], "resume": "allow", "config": dict(facts)}
-    if folder is not None:
-        wandb |= {"name": folder.name, "dir": str(folder)}
-    # Entries of TensorBoard for updates that are made again are taken back.
-    init_kwargs = {"wandb": wandb, "tensorboard": {"purge_step": step + 1}}
-    accelerator.init_trackers("t5slim", init_kwargs=init_kwargs)
-    try:
-        yield
-    finally:
-        # Not by `end_training`, which ends the process group, too: a notebook couldn't train a
-        # second time.
-        with _side_job("The end of the trackers"):
-            for tracker in accelerator.trackers:
-                tracker.finish()
 
 
 @contextmanager
@@ -412,39 +328,24 @@ def _side_job(what: str) -> Iterator[None]:
         logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
 
 
-def _finish(result: report.DistillResult, facts: Mapping[str, Any], repo_id: str | None) -> None:
+def _finish(
+    result: report.DistillResult, facts: Mapping[str, Any], push_to_hub: str | None
+) -> None:
     """Save the student, then what shows it: a failure there doesn't lose the student."""
-    folder, student = result.output_dir, result.student
+    folder, student, images = result.output_dir, result.student, []
     if folder is not None:
         student.save_pretrained(folder)
         report.write_run(folder, facts, result)
         with _side_job("The plot of the run, for which pip install 't5slim[train]',"):
             report.plot_run(result.history, folder / "run.png")
+        images = [*folder.glob("run.png"), *sorted(folder.glob("samples-*.png"))[-1:]]
+    notes = report.card_notes(facts, result, [image.name for image in images])
+    if folder is not None:
         with _side_job("The model card"):
-            _write_card(folder, result, facts)
-    if repo_id is not None:
-        images = _images(folder)
-        notes = report.card_notes(facts, result, [image.name for image in images])
-        try:
-            student.push_to_hub(repo_id, notes=notes, files=images)
-        except Exception as error:
-            again = f"student.push_to_hub({repo_id!r})"
-            if folder is not None:
-                again = f"hf upload {repo_id} {folder} . --exclude 'checkpoints/*' 'logs/*'"
-            raise DistillError(
-                f"The student is trained, but couldn't be uploaded. To try again: {again}\n{error}"
-            ) from error
-
-
-def _images(folder: Path | None) -> list[Path]:
-    paths = [] if folder is None else [folder / name for name in ("run.png", "samples.png")]
-    return [path for path in paths if path.exists()]
-
-
-def _write_card(folder: Path, result: report.DistillResult, facts: Mapping[str, Any]) -> None:
-    """Write `README.md`; somebody's own words in it stay."""
-    path = folder / "README.md"
-    card = ModelCard.load(path) if path.exists() else None
-    notes = report.card_notes(facts, result, [image.name for image in _images(folder)])
-    card = update_model_card(card, result.student, folder.resolve().name, notes)
-    write_atomic(path, str(card).encode())
+            # Somebody's own words in it stay.
+            path = folder / "README.md"
+            card = ModelCard.load(path) if path.exists() else None
+            card = update_model_card(card, student, folder.resolve().name, notes)
+            write_atomic(path, str(card).encode())
+    if push_to_hub:
+        student.push_to_hub(push_to_hub, notes=notes, files=images)

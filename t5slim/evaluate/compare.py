@@ -216,8 +216,7 @@ def _costs(
         "parameters": sum(parameter.numel() for parameter in parameters),
         "weights_mib": sum(parameter.nbytes for parameter in parameters) / 2**20,
         "encode_ms": min(seconds) / len(tokens[0]) * 1000,
-        # On the CPU it is that of the process, which never falls.
-        "peak_memory_gib": None if device.type == "cpu" else peak_memory_gib(device),
+        "peak_memory_gib": peak_memory_gib(device),
     }
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
 
-from t5slim import DistillError
 from t5slim.distill import DistillConfig, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -48,12 +47,3 @@ def test_the_weights_are_those_of_single_runs(changes):
             assert torch.equal(weight, other), name
         assert result.teacher_samples == reservoir.teacher_samples  # once for all students
         assert result.student_samples == reservoir.student_samples  # of each
-
-
-@pytest.mark.parametrize("listed", ["student", "pipe"])
-def test_train_refuses_lists_and_names_the_examples(listed):
-    pipe = tiny_flux()
-    arguments = {"pipe": pipe, "student": tiny_student(pipe)}
-    arguments[listed] = [arguments[listed]] * 2
-    with pytest.raises(DistillError, match="see examples/series and examples/joint"):
-        train(**arguments, prompts=PROMPTS)
