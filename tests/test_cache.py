@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import BriaPipeline
 from helpers.pipelines import OFFLOADS
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_student
 from transformers import T5Config, T5EncoderModel
-from zoo.flux import bria
+from zoo import CASES
 
 from t5slim import patch_pipeline
 from t5slim.distill import VelocityGap, cache_teacher, cached_teacher, capture, velocity_gap
@@ -337,7 +336,7 @@ def test_embeddings_of_a_prompt_dont_depend_on_its_batch() -> None:
 
 def test_prompts_of_different_lengths() -> None:
     """Bria encodes each prompt alone, without padding."""
-    pipe, teacher = bria(BriaPipeline), TeacherEmbeddings()
+    pipe, teacher = CASES["BriaPipeline"].pipe(), TeacherEmbeddings()
     each = [pipe.tokenizer([prompt], return_tensors="pt").input_ids for prompt in PROMPTS[:3]]
     alone = [teacher.encode(pipe.text_encoder, ids, None)[0] for ids in each]
     together = teacher.get(pipe.text_encoder, [0, 1, 2], CPU)

@@ -1,4 +1,4 @@
-"""What the documentation says is so."""
+"""The claims of the documentation: messages, links, names of tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "examples").glob("*.ipynb")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+    *sorted((ROOT / "examples").glob("*/*.ipynb")),
 ]
 # Of diffusers, transformers and torch, and what has no message.
 OTHERS = re.compile(
@@ -32,18 +33,14 @@ def literal_text(node: ast.AST) -> str:
     return "".join(literal_text(child) for child in ast.iter_child_nodes(node))
 
 
-def written_messages() -> str:
+@pytest.fixture(scope="module")
+def messages() -> str:
     """All strings of t5slim, the parts of each joined as Python joins them."""
     trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "t5slim").rglob("*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     return "\n".join(
         literal_text(node) for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr))
     )
-
-
-@pytest.fixture(scope="module")
-def messages() -> str:
-    return written_messages()
 
 
 HEADINGS = [
@@ -57,7 +54,7 @@ def test_messages_of_ours_are_raised(heading, messages):
     assert re.search(".*".join(parts), messages), heading
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     """To files, and to headings of pages; and so do pages named in a notebook or a comment."""
     text = page.read_text()

@@ -12,10 +12,9 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from helpers.pipelines import every_pipeline_class
-from tiny import PROMPTS, tiny_student
-from zoo import CASES, NOT_COVERED
+from tiny import PROMPTS, tiny, tiny_student
+from zoo import CASES
 from zoo.facts import measure
-from zoo.umt5 import wan
 
 from t5slim import DistillError, IncompatibleStudentError, NoT5SlotError, patch_pipeline
 from t5slim.distill import capture
@@ -34,7 +33,7 @@ def test_pipeline(name: str) -> None:
     facts = measure(case)
     assert facts.patched
     assert facts.route == case.route, facts.why
-    assert case.why in facts.why
+    assert (case.fallback or case.refused) in facts.why
     if facts.route != "none":
         assert facts.calls
         assert facts.replayed
@@ -51,8 +50,7 @@ def test_no_pipeline_is_left_out() -> None:
         except NoT5SlotError:
             continue
         with_t5.add(cls.__name__)
-    assert with_t5 <= CASES.keys() | NOT_COVERED.keys()
-    assert not CASES.keys() & NOT_COVERED.keys()
+    assert with_t5 <= CASES.keys()
     distilled = [case for case in HERE.values() if case.route != "none"]
     assert len(distilled) >= 40
 
@@ -89,7 +87,7 @@ def test_gradients_pass_through_experts() -> None:
 
 
 def test_wan_2_2_has_two_denoisers() -> None:
-    pipe = wan(WanPipeline, experts=2)
+    pipe = tiny(WanPipeline, transformer={}, transformer_2={}, boundary_ratio=0.9)
     calls, teacher = captured(pipe, PROMPTS[:2], CASES["WanPipeline"].call())
     # The second step is below `boundary_ratio`; each has a call for the prompt and one without.
     assert [call.denoiser for call in calls] == ["transformer"] * 2 + ["transformer_2"] * 2

@@ -17,7 +17,7 @@ from diffusers import FluxImg2ImgPipeline
 from helpers.training import RESUMED, assert_same, history_of, resumable, run, spawn, weights
 from safetensors.torch import load_file
 from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
-from zoo.pictures import picture
+from zoo.case import image
 
 from t5slim import SlimT5Encoder
 from t5slim.errors import ConfigError, DistillError
@@ -211,7 +211,7 @@ def test_an_equal_image_is_known_by_its_content(tmp_path: Path) -> None:
     pipe = FluxImg2ImgPipeline(**components)
 
     def start(seed: int) -> Any:
-        kwargs = call_kwargs(tiny_flux()) | {"image": picture(seed), "strength": 0.8}
+        kwargs = call_kwargs(tiny_flux()) | {"image": image(seed), "strength": 0.8}
         return resumable(tmp_path, pipe, max_steps=2, eval_every=2, pipeline_kwargs=kwargs)
 
     assert start(0).steps == start(0).steps == 2

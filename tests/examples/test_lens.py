@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from tiny import (
-    PROMPTS,
-    TINY_PIPELINES,
-    call_kwargs,
-    t5_encoder,
-    tiny_flux,
-    tiny_ltx,
-    tiny_student,
-    umt5_encoder,
-)
+from lens.lens import hidden_states, lens, lens_grid
+from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, component, tiny_flux, tiny_ltx, tiny_student
+from transformers import T5EncoderModel, UMT5EncoderModel
 
 from t5slim import patch_pipeline
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "lens"))
-
-from lens import hidden_states, lens, lens_grid
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "chroma"])
@@ -39,7 +25,7 @@ def test_the_last_layer_gives_the_images_of_the_whole_encoder(name: str) -> None
     assert lens_grid(PROMPTS[1], seen).width > 4 * seen["mine"][0].width
     some = lens(pipe, PROMPTS[1], {"mine": student}, layers=(0, 3, -1), pipeline_kwargs=kwargs)
     assert [list(images) for images in some.values()] == [[0, 2], [0, 3]]
-    for encoder in ("teacher", "mine"):
+    for encoder in seen:
         if encoder == "mine":
             patch_pipeline(pipe, student)
         generator = torch.Generator().manual_seed(5)
@@ -49,9 +35,11 @@ def test_the_last_layer_gives_the_images_of_the_whole_encoder(name: str) -> None
         assert not np.array_equal(seen[encoder][0], image)
 
 
-@pytest.mark.parametrize("encoder_type", ["t5", "umt5"])
-def test_hidden_states_are_those_of_an_encoder_with_fewer_layers(encoder_type: str) -> None:
-    teacher = (t5_encoder if encoder_type == "t5" else umt5_encoder)().eval()
+@pytest.mark.parametrize(
+    ("encoder_type", "cls"), [("t5", T5EncoderModel), ("umt5", UMT5EncoderModel)]
+)
+def test_hidden_states_are_those_of_an_encoder_with_fewer_layers(encoder_type, cls) -> None:
+    teacher = component(cls).eval()
     student = tiny_student(tiny_flux(), num_layers=2, encoder_type=encoder_type)
     ids = torch.arange(3, 15).view(2, 6)
     mask = torch.ones_like(ids)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from scaling_down import figures, gradients, measuring, study
 from scaling_down.measuring import TOKENS, Mixed
-from scaling_down.study import OBJECTIVES, SIZES, SMALLEST, Group
-from shapes_world import world
+from scaling_down.study import SIZES, SMALLEST, Group
 from shapes_world.generation import captions
 from shapes_world.students import fresh_student
 
@@ -31,18 +30,6 @@ def test_sizes_are_what_they_are_called(measure):
     for size, shape in SIZES.items():
         student = sum(tensor.numel() for tensor in fresh_student(**shape).parameters())
         assert teacher / student == pytest.approx(float(size.removeprefix("1/")), rel=0.04)
-
-
-def test_every_claim_has_its_runs():
-    every = study.groups()
-    assert len({group.name for group in every}) == len(every)
-    runs = {(g.size, o, g.seed) for g in every if g.kind == "all" for o in g.objectives}
-    wanted = {(s, o, seed) for s in SIZES for o in OBJECTIVES for seed in (0, 1, 2)}
-    assert runs == {
-        run for run in wanted if run[0] in study.SHORT_OF_EMBEDDINGS or run[1] != "longer embedding"
-    }
-    assert {group.kind for group in every} == {"all", *world.CRITERIA}
-    assert all(text.count('"') == 2 for text in Group("1/21", 0, "text").prompts(5))
 
 
 def test_tokens_are_told_apart(measure):

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from series.series import train_series
 from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
 
 from t5slim.distill import DistillConfig, train
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-from series.series import train_series
 
 WIDTHS = (8, 16, 24)
 

@@ -52,14 +52,9 @@ def test_lora_comes_and_goes_in_a_patched_pipeline(pipe, student):
     call = {"num_inference_steps": 4}
     before = generate(pipe, texts, **call)
     transfer.load("lora", pipe)
-    loaded = generate(pipe, texts, **call)
-    assert distance(loaded, before) > 10
-    pipe.fuse_lora()
-    assert distance(generate(pipe, texts, **call), loaded) < 0.1
-    pipe.unfuse_lora()
+    assert distance(generate(pipe, texts, **call), before) > 10
     pipe.unload_lora_weights()
-    # Fusing and taking apart again rounds the weights.
-    assert distance(generate(pipe, texts, **call), before) < 0.1
+    assert distance(generate(pipe, texts, **call), before) == 0
     assert pipe.text_encoder_2 is student
 
 

@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import BriaPipeline
 from safetensors.torch import save_file
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from zoo.flux import CASES, bria
+from zoo import CASES
 
 from t5slim.distill import DistillConfig, DistillResult, train
 
@@ -41,8 +40,7 @@ SETTINGS = DistillConfig.__dataclass_fields__
 def pipeline_and_kwargs(name: str, steps: int = 3) -> tuple[Any, dict[str, Any]]:
     """A tiny pipeline and how it is called; "bria" is one that doesn't pad its prompts."""
     if name == "bria":
-        call = next(case.call for case in CASES if case.name == "BriaPipeline")
-        return bria(BriaPipeline), call()
+        return CASES["BriaPipeline"].pipe(), CASES["BriaPipeline"].call()
     pipe = TINY_PIPELINES[name]()
     return pipe, call_kwargs(pipe, steps)
 

@@ -1,44 +1,74 @@
-"""One pipeline class of diffusers with a T5: how it is built tiny, how it is called."""
+"""Every pipeline class of diffusers that has a T5, tiny and real: how it is made and called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 from packaging.version import Version
-from tiny import PROMPTS, finish
+from PIL import Image
+from tiny import PROMPTS, call_kwargs, tiny
+
+
+def image(seed: int = 0, size: int = 16) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (size, size, 3), dtype=torch.uint8, generator=generator)
+    return Image.fromarray(pixels.numpy())
+
+
+def images(count: int = 2, size: int = 16) -> list[Image.Image]:
+    """Different ones: the frames of a video, or one for each prompt."""
+    return [image(seed, size) for seed in range(count)]
+
+
+def mask() -> Image.Image:
+    """The left half is white: to be generated anew."""
+    whole = Image.new("L", (16, 16))
+    whole.paste(255, (0, 0, 8, 16))
+    return whole
+
+
+# Beside `tiny.call_kwargs`: what a class takes of these, unless its case says otherwise.
+INPUTS: dict[str, Any] = {
+    "image": image(), "mask_image": mask(), "strength": 1.0, "original_image": images(),
+    "control_image": image(1), "control_mask": mask(), "control_video": [images(5)] * 2,
+    "image_reference": image(1), "reference_images": image(), "cond_image": image(),
+    "video": images(5), "pose_video": images(5), "face_video": images(5), "mask": images(5),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline class, real and tiny.
+    """A pipeline class: all in which it differs from what its signatures say.
 
     Attributes:
         name: of the class in diffusers.
-        build: makes the pipeline, on the CPU, in float32: `build(cls)`.
-        call: makes the arguments of a call beside prompt, generator and output_type, with images
-            and all; at most 3 steps.
-        route: how a student is led through it: "gather" (its embeddings are put where the teacher's
-            stood), "fallback" (through the pipeline's own code), or "none" (it can't be distilled
-            for).
-        why: for "fallback" and "none": a part of what the library says of it.
+        components: arguments of `tiny`.
+        changes: of the arguments of a call; None takes one away.
+        fallback: for one that a student runs through the pipeline's own code, and not with its
+            embeddings put where the teacher's stood: a part of the reason that the library gives.
+        refused: for one that can't be distilled for: a part of the message.
         prompts: how many of `tiny.PROMPTS` go through it together, as some pipelines take one only;
             or which.
+        attributes: set on the pipeline, for lengths that aren't in its components' configs.
         student: sizes of the student, where the pipeline asks for more than its width.
         since: the version of diffusers from which the pipeline works beside transformers 5.
     """
 
     name: str
-    build: Callable[[type[DiffusionPipeline]], DiffusionPipeline]
-    call: Callable[[], dict[str, Any]] = field(default=dict)
-    route: str = "gather"
-    why: str = ""
+    components: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    fallback: str = ""
+    refused: str = ""
     prompts: int | tuple[str, ...] = 2
-    student: dict[str, int] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    student: Mapping[str, int] = field(default_factory=dict)
     since: str = "0"
 
     @property
@@ -46,12 +76,34 @@ class Case:
         """None where this version of diffusers doesn't have it, or not one that works."""
         if Version(diffusers.__version__) < Version(self.since):
             return None
+        if self.name == "ConsisIDPipeline":  # diffusers gives it out only where OpenCV is
+            return ConsisIDPipeline
         return getattr(diffusers, self.name, None)
 
-    def pipe(self) -> DiffusionPipeline:
+    def pipe(self) -> Any:
         assert self.cls is not None
-        torch.manual_seed(0)
-        return finish(self.build(self.cls))
+        pipe = tiny(self.cls, **self.components)
+        for name, value in self.attributes.items():
+            setattr(pipe, name, value)
+        denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+        if denoiser is not None:  # fresh, some would be changed by the text no more than by 1 %
+            with torch.no_grad():
+                for parameter in denoiser.parameters():
+                    parameter.mul_(2 if parameter.ndim > 1 else 1)
+        return pipe
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of a call of 2 steps beside prompt, generator and output_type."""
+        assert self.cls is not None
+        takes = inspect.signature(self.cls.__call__).parameters
+        inputs = {name: value for name, value in INPUTS.items() if name in takes}
+        call = call_kwargs(self.cls, steps=2) | inputs | self.changes
+        return {name: value for name, value in call.items() if value is not None}
+
+    @property
+    def route(self) -> str:
+        """By which a student learns: "gather", "fallback" or "none"."""
+        return "none" if self.refused else "fallback" if self.fallback else "gather"
 
     @property
     def texts(self) -> list[str]:
