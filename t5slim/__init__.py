@@ -21,11 +21,11 @@ from .errors import (
     PatchError,
     T5SlimError,
 )
+from .patch import patch_pipeline, unpatch_pipeline
 
 if TYPE_CHECKING:
     from . import distill as distill
     from . import evaluate as evaluate
-    from .patch import patch_pipeline, unpatch_pipeline
 
 __all__ = [
     "CheckpointError",
@@ -46,13 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve on first use (PEP 562): `import t5slim` loads neither diffusers nor the trainer."""
+    """Import `distill` and `evaluate` on first use (PEP 562): they load diffusers."""
     if name in ("distill", "evaluate"):
         return import_module(f"t5slim.{name}")
-    if name in ("patch_pipeline", "unpatch_pipeline"):
-        return getattr(import_module("t5slim.patch"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "distill", "evaluate"})

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    GenerationConfig,
     T5Config,
     T5EncoderModel,
     T5PreTrainedModel,
@@ -45,26 +44,19 @@ _PRESETS: dict[str, Any] = {
 }
 _T5_XXL_WIDTH = 4096
 _ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
-# Keys of config.json files of T5 beside the attributes of today's T5Config: written by older
-# versions of transformers, or about the decoder.
-_LEGACY_KEYS = re.compile(
-    "add_cross_attention|attn_implementation|auto_map|cross_attention_hidden_size|finetuning_task|"
-    "n_positions|name_or_path|num_labels|output_past|prefix|pruned_heads|quantization_config|"
-    "sep_token_id|task_specific_params|tf_legacy_loss|tie_encoder_decoder|tokenizer_class|"
-    "torch_dtype|torchscript|use_bfloat16|_.*"
-)
-# Before version 5, transformers wrote defaults of generation into each config.json as well.
-_KEYS = {*T5Config().to_dict(), *T5Config.attribute_map, *GenerationConfig().to_dict()}
+_KEYS = {*(field.name for field in fields(T5Config)), *T5Config.attribute_map}
+_KEYS |= {"torch_dtype", "attn_implementation", "quantization_config"}
 _KEYS |= {"base_model", "base_model_revision"}
-_SIZES = ["vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "project_out_dim"]
+_SIZES = ["vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "project_out_dim"]
 _SIZES += ["relative_attention_num_buckets", "relative_attention_max_distance"]
-_IS_SIZE = ("an integer from 1", lambda value: type(value) is int and 0 < value < 2**31)
-_IS_FINITE = ("a finite number", lambda value: 0 <= value < math.inf)
+# Attributes of a config, what each has to be, and whether a value is that. The largest sizes keep a
+# config of a kilobyte from filling the memory before its weights, which aren't there, are missed.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(_SIZES, _IS_SIZE),
-    "parameters": ("at most 20 billion (T5-XXL's encoder has 4.8)", lambda n: n <= 20 * 10**9),
+    **dict.fromkeys(_SIZES, ("a positive integer", lambda size: type(size) is int and size > 0)),
+    "num_layers": ("from 1 to 1,000", lambda layers: 0 < layers <= 1000),
+    "parameters": ("at most 6 billion (T5-XXL's encoder has 4.8)", lambda n: n <= 6 * 10**9),
     "dropout_rate": ("a number from 0, below 1", lambda rate: 0 <= rate < 1),
-    **dict.fromkeys(["layer_norm_epsilon", "initializer_factor"], _IS_FINITE),
+    "layer_norm_epsilon": ("a finite number", lambda epsilon: 0 <= epsilon < math.inf),
     "encoder_type": ("'t5' or 'umt5'", lambda name: name in list(_ENCODERS)),
     "dense_act_fn": ("'relu' or another `feed_forward_proj`", lambda name: name in ACT2FN),
 }
@@ -79,11 +71,11 @@ class SlimT5Config(T5Config):
         out_dim: Another name of `project_out_dim`, which older readers of the layout know.
         encoder_type: "t5", or "umt5" for a UMT5 encoder, whose every layer has position biases of
             its own: for Wan, AuraFlow and others that have a UMT5.
-        **kwargs: Any key of a T5 config.json; and `base_model` and `base_model_revision`, the Hub
-            id and commit of the T5 that the student was made from.
+        **kwargs: Any key of a T5Config; and `base_model` and `base_model_revision`, the Hub id and
+            commit of the T5 that the student was made from. Others are dropped.
 
     Raises:
-        ConfigError: An unknown key, or a value that is out of range.
+        ConfigError: A value is out of range.
     """
 
     # Not "t5", which the published files call themselves: AutoModel would then read a student as a
@@ -101,21 +93,16 @@ class SlimT5Config(T5Config):
         encoder_type: str = "t5",
         **kwargs: Any,
     ) -> None:
-        model_type = kwargs.pop("model_type", self.model_type)
-        if model_type not in ("t5", self.model_type):
-            raise ConfigError(f"model_type: expected 't5' or 'slim_t5', got {model_type!r}.")
-        for key in kwargs:
-            if key not in _KEYS and not _LEGACY_KEYS.fullmatch(key):
-                raise ConfigError(
-                    f"unknown key {key!r} in a student's config: expected those of a T5 config, "
-                    "project_in_dim and project_out_dim. Correct or remove it."
-                )
+        # The keys of decoding that older versions of transformers wrote mean nothing to an encoder,
+        # and of `num_labels`, transformers would make as many labels.
+        kwargs = {key: value for key, value in kwargs.items() if key in _KEYS}
         try:
             super().__init__(**kwargs | {"tie_word_embeddings": False})
             given = (project_out_dim, out_dim, _T5_XXL_WIDTH)
             self.project_out_dim = next(width for width in given if width is not None)
             self.project_in_dim = self.d_model if project_in_dim is None else project_in_dim
-            self.encoder_type = encoder_type
+            if encoder_type != "t5":  # for which the published files have no key
+                self.encoder_type = encoder_type
             width = (f"d_model = {self.d_model}", lambda value: value == self.d_model)
             for key, (expected, holds) in {**_RULES, "project_in_dim": width}.items():
                 if not holds(value := getattr(self, key)):
@@ -125,13 +112,21 @@ class SlimT5Config(T5Config):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SlimT5Config:
-        """The shape of a Flan-T5 encoder: "small", "base", "large" or "xl".
+        """The shape of a Flan-T5 encoder, with a projection to T5-XXL's width.
 
-        With projection, 54 M, 130 M, 362 M or 1,249 M parameters. `overrides` are keys to set
-        differently, such as `encoder_type="umt5", vocab_size=256384` for Wan.
+        Args:
+            name: "small", "base", "large" or "xl": with projection, 54 M, 130 M, 362 M or 1,249 M
+                parameters.
+            **overrides: Keys to set differently, such as `encoder_type="umt5", vocab_size=256384`
+                for Wan.
+
+        Raises:
+            ConfigError: An unknown name or key, or a value that is out of range.
         """
         if name not in _PRESETS:
             raise ConfigError(f"expected a preset of {', '.join(_PRESETS)}, got {name!r}.")
+        if unknown := overrides.keys() - _KEYS - {"project_out_dim", "encoder_type"}:
+            raise ConfigError(f"a student's config has no {', '.join(sorted(unknown))}.")
         return cls(**{"d_kv": 64, "feed_forward_proj": "gated-gelu", **_PRESETS[name], **overrides})
 
     @property
@@ -146,12 +141,7 @@ class SlimT5Config(T5Config):
     def to_dict(self) -> dict[str, Any]:
         """The config as it is written to disk, with the keys of the published files."""
         # transformers 5 replaces `tie_word_embeddings` by True in memory, and would write that.
-        values = super().to_dict() | {"tie_word_embeddings": False}
-        if self.project_out_dim != _T5_XXL_WIDTH:
-            values["out_dim"] = self.project_out_dim
-        if self.encoder_type == "t5":
-            values.pop("encoder_type", None)
-        return values
+        return super().to_dict() | {"tie_word_embeddings": False, "out_dim": self.project_out_dim}
 
 
 class ProjectionAdapter(nn.Sequential):
@@ -263,7 +253,7 @@ class SlimT5Encoder(T5PreTrainedModel):
                 `variant`, `dtype` (by default that of the file), `quantization_config`...
 
         Raises:
-            ConfigError: The config has an unknown key or impossible values.
+            ConfigError: A value of the config is out of range.
             CheckpointError: Tensors are missing, unexpected, of another shape or not finite; the
                 file is truncated, or there are only pickled weights.
             HubAccessError: The repository doesn't exist, is gated or can't be reached.
@@ -272,11 +262,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         values, access = hub.find_json(name, "config.json", kwargs)
         if config is None:  # `kwargs` may change its values, as in transformers
             config, kwargs = SlimT5Config.from_dict(values, return_unused_kwargs=True, **kwargs)
-        model: SlimT5Encoder = hub.load_strictly(
-            super().from_pretrained, name, access, config=config, **kwargs
-        )
-        model.config.name_or_path = name
-        return model
+        return hub.load_strictly(super().from_pretrained, name, access, config=config, **kwargs)
 
     @classmethod
     def from_t5(
@@ -300,19 +286,15 @@ class SlimT5Encoder(T5PreTrainedModel):
         model_type = values.pop("model_type", None)
         if model_type not in ("t5", "mt5", "umt5"):
             raise ConfigError(f"expected a T5, mT5 or UMT5, got model_type {model_type!r}: {name}")
-        # Through the T5's own class, since mT5 has other defaults. What it says about tasks and
-        # decoding is dropped.
-        values = AutoConfig.for_model(model_type, **values).to_dict()
-        keys = values.keys() & T5Config().to_dict().keys()
-        keys -= {"_name_or_path", "architectures", "model_type", "transformers_version"}
         origin = None if os.path.isdir(name) else name
-        config = SlimT5Config(
-            **{key: values[key] for key in keys},
-            project_out_dim=projection_dim,
-            encoder_type="umt5" if model_type == "umt5" else "t5",
-            base_model=origin,
-            base_model_revision=origin and access["revision"],
-        )
+        values |= {
+            "project_out_dim": projection_dim,
+            "encoder_type": "umt5" if model_type == "umt5" else "t5",
+            "base_model": origin,
+            "base_model_revision": origin and access["revision"],
+        }
+        # mT5 has other defaults than T5.
+        config = SlimT5Config(**AutoConfig.for_model(model_type).to_dict() | values)
         load, unused = _ENCODERS[config.encoder_type].from_pretrained, ("decoder.", "lm_head.")
         encoder = hub.load_strictly(load, name, access, unused, config=config, **kwargs)
         with torch.device("meta"):
@@ -324,32 +306,28 @@ class SlimT5Encoder(T5PreTrainedModel):
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **kwargs: Any,
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> None:
         """Write `config.json` and one `model.safetensors`, in the published layout.
 
-        A full disk or a crash leaves an earlier save whole; other files stay as they are. `kwargs`
-        is what else transformers' `save_pretrained` takes, such as `variant`. A student with a LoRA
-        in it raises a CheckpointError.
+        A full disk or a crash leaves an earlier save whole; other files stay as they are.
+
+        Args:
+            save_directory: The folder, made where needed.
+            **kwargs: What else transformers' `save_pretrained` takes, such as `variant`.
+
+        Raises:
+            CheckpointError: There is a LoRA in the student.
         """
         hub.check_no_lora(self)
         with hub.atomic_save(save_directory) as folder:
             super().save_pretrained(folder, **kwargs | {"max_shard_size": "1TB"})
-        if push_to_hub:
-            repo_id = repo_id or Path(save_directory).resolve().name
-            self.push_to_hub(repo_id, token=kwargs.get("token"))
 
     def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
         notes: str = "",
-        tags: Sequence[str] = (),
         files: Sequence[str | os.PathLike[str]] = (),
         **kwargs: Any,
     ) -> str:
@@ -361,10 +339,9 @@ class SlimT5Encoder(T5PreTrainedModel):
         Args:
             repo_id: `owner/name`; made where needed.
             notes: Further facts for the card, in Markdown, such as how the student was trained.
-            tags: Further tags for the card.
             files: Further files to upload, such as images that `notes` shows.
-            **kwargs: `token`; `private`, of a new repository; `revision`, a branch, made where
-                needed; and what else `HfApi.upload_folder` takes.
+            **kwargs: `token`; `private`, of a new repository; and what else
+                `HfApi.upload_folder` takes, such as `revision`.
 
         Raises:
             CheckpointError, HubAccessError: As in `save_pretrained`; the Hub refuses.
@@ -376,11 +353,9 @@ class SlimT5Encoder(T5PreTrainedModel):
             for file in files:
                 shutil.copy(file, folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not kwargs.get("create_pr"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
             if api.file_exists(repo_id, "README.md", revision=revision):
                 card = ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
-            card = hub.update_model_card(card, self, repo_id, notes, tags)
+            card = hub.update_model_card(card, self, repo_id, notes)
             card.save(Path(folder, "README.md"))
             kwargs = {"commit_message": "Upload a t5slim student"} | kwargs
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)

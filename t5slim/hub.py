@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
 from huggingface_hub import ModelCard, ModelCardData, constants, errors, hf_hub_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import extract_commit_hash
-from transformers.utils import logging as transformers_logging
 
 from .errors import CheckpointError, ConfigError, HubAccessError, T5SlimError
 
@@ -32,28 +28,23 @@ _TAGS = ["t5slim", "t5", "text-to-image", "diffusers"]
 _FACTS = re.compile(r"<!-- t5slim: facts.*?<!-- t5slim: end of facts -->", re.DOTALL)
 
 _LOGIN = "log in with `hf auth login`, or pass `token=`"
+_NO_FOLDER = "{what!r} is neither a folder on this machine nor "
 _NOT_CACHED = (
     "{what!r} isn't in the cache, or not all of it, and {page} cannot be reached, or offline mode "
     "(`local_files_only`, HF_HUB_OFFLINE) forbids a download. Run `hf download {what}` where there "
     "is a network, or pass the path of a folder."
 )
-_NO_FOLDER = "{what!r} is neither a folder on this machine nor "
-_REFUSED = "The Hub refuses access to {what!r}: " + _LOGIN + " that permits it. {error}"
-_OTHER = "Can't access {what!r}: {error}"
-# By class or by status. The first that fits holds: "not in the cache" may hide a 429 or 503.
-_ADVICE: dict[object, str] = {
+# The first that fits an error, or one behind it: "not in the cache" may hide a 429 or 503.
+_ADVICE: dict[type[Exception], str] = {
     errors.HFValidationError: _NO_FOLDER + "a Hub id ('owner/name').",
     errors.GatedRepoError: "{what!r} is gated: ask for access at {page}, then " + _LOGIN + ".",
     errors.RepositoryNotFoundError: _NO_FOLDER + "found at {page}; if it is private, " + _LOGIN,
     errors.RevisionNotFoundError: "{what!r} has no such revision: see {page} for those it has.",
-    401: _REFUSED,
-    403: _REFUSED,
-    429: "The Hub refuses {what!r} for now, after too many requests: wait, or " + _LOGIN + ".",
-    500: "The Hub can't serve {what!r} now: try again later. {error}",
+    errors.HfHubHTTPError: "The Hub doesn't serve {what!r}: try later, or " + _LOGIN + ". {error}",
     errors.LocalEntryNotFoundError: _NOT_CACHED,
     errors.OfflineModeIsEnabled: _NOT_CACHED,
-    errors.HTTPError: _OTHER,
-    OSError: _OTHER,
+    errors.HTTPError: "Can't access {what!r}: {error}",
+    OSError: "Can't access {what!r}: {error}",
 }
 
 
@@ -66,16 +57,12 @@ def hub_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         causes = list(_chain(error))
-        responses = [cause.response for cause in causes if isinstance(cause, errors.HfHubHTTPError)]
-        kinds: set[object] = {min(response.status_code, 500) for response in responses}
-        kinds |= {kind for cause in causes for kind in type(cause).__mro__}
-        if "client has been closed" in str(error):  # of huggingface_hub itself, before 1.27
-            kinds.add(OSError)
-        advice = next((text for kind, text in _ADVICE.items() if kind in kinds), None)
-        if advice is None:
-            raise
         page = f"{constants.ENDPOINT}/{what}"
-        raise HubAccessError(advice.format(what=what, page=page, error=error)) from error
+        for kind, advice in _ADVICE.items():
+            if found := [cause for cause in causes if isinstance(cause, kind)]:
+                message = advice.format(what=what, page=page, error=found[0])
+                raise HubAccessError(message) from error
+        raise
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -114,25 +101,6 @@ def find_json(name: str, filename: str, kwargs: dict[str, Any]) -> tuple[dict, d
     return read_json(file), access
 
 
-def _find_weights(name: str, variant: str | None, **access: Any) -> list[Path]:
-    """The local paths of the weights of a checkpoint; refuse one that lacks some or has none."""
-    dot = f".{variant}" if variant else ""
-    names = [f"model{dot}.safetensors"]
-    if find_file(name, names[0], **access) is None:
-        index = find_file(name, f"model.safetensors.index{dot}.json", **access)
-        if index is None:
-            raise CheckpointError(
-                f"{name!r} holds no weights: expected {names[0]}. Pickled weights "
-                "(pytorch_model.bin) are never opened, since they can run any code: look for a "
-                "revision with safetensors, or convert them where such code can do no harm."
-            )
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    found = {shard: find_file(name, shard, **access) for shard in names}
-    if missing := [shard for shard, path in found.items() if path is None]:
-        raise CheckpointError(f"{name!r} lacks the shards {', '.join(missing)}.")
-    return [path for path in found.values() if path is not None]
-
-
 def load_strictly(
     load: Callable[..., Any],
     name: str,
@@ -140,21 +108,37 @@ def load_strictly(
     unused: tuple[str, ...] = (),
     **kwargs: Any,
 ) -> Any:
-    """Load by a class's `from_pretrained`; each tensor must be as expected, or `unused`."""
-    weights = _find_weights(name, kwargs.get("variant"), **access)
-    size, parameters = sum(file.stat().st_size for file in weights), kwargs["config"].parameters
-    kwargs |= {"use_safetensors": True, "output_loading_info": True}
+    """Load a model, and refuse one whose files lack a tensor or hold another.
+
+    Args:
+        load: The `from_pretrained` of its class.
+        name: A folder or Hub id.
+        access: The arguments that find its files, from `find_json`.
+        unused: Prefixes of tensors that the file may hold without the model.
+        **kwargs: What else `load` takes.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected, of another shape or not finite; the file
+            is truncated, or there are only pickled weights.
+        HubAccessError: A file can't be read.
+    """
+    dot = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+    files = [f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"]
+    if not any(find_file(name, file, **access) for file in files):
+        raise CheckpointError(
+            f"{name!r} holds no weights: expected {files[0]}. Pickled weights (pytorch_model.bin) "
+            "are never opened, since they can run any code: look for a revision with safetensors, "
+            "or convert them where such code can do no harm."
+        )
+    kwargs |= access | {"use_safetensors": True, "output_loading_info": True}
+    kwargs["force_download"] = False  # once was enough
     try:
-        # transformers allocates what is missing: not gigabytes for a broken file of a kilobyte.
-        if parameters > max(4 * size, 10**8):
-            raise SafetensorError(f"{size:,} bytes for {parameters:,} parameters")
-        with _no_progress_bars():
-            # Everything is local by now: no second request.
-            model, found = load(weights[0].parent, ignore_mismatched_sizes=True, **kwargs)
+        with hub_errors(name):
+            model, found = load(name, ignore_mismatched_sizes=True, **kwargs)
     except SafetensorError as error:
         raise CheckpointError(
             f"{name!r}: the weights aren't a whole safetensors file ({error}), but truncated, a "
-            "pickle, a Git LFS pointer, or another model's: copy or download them again."
+            "pickle, or a Git LFS pointer: copy or download them again."
         ) from error
     wrong = {
         "missing": found["missing_keys"],
@@ -171,29 +155,12 @@ def load_strictly(
             for key, weight in model.named_parameters()
             if type(weight) is nn.Parameter and not weight.is_meta and not weight.isfinite().all()
         ]
-        # A T5 knows its one embedding by two names. transformers leaves them apart if they differ,
-        # and save_pretrained would lose one.
-        encoder = model if hasattr(model, "shared") else model.encoder
-        one, other = encoder.shared.weight, encoder.encoder.embed_tokens.weight
-        if one is not other and not one.is_meta and not torch.equal(one, other):
-            wrong["of different values, though one"] = ["shared.weight", "embed_tokens.weight"]
     if any(wrong.values()):
         lines = [f"{name!r} doesn't hold the tensors that its config.json asks for:"]
         lines += [f"  {what}: {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys]
         lines += ["Use another revision; or, of a plain T5, make a student by from_t5."]
         raise CheckpointError("\n".join(lines))
     return model
-
-
-@contextmanager
-def atomic_save(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield a folder whose files then replace those of `folder`: a full disk harms no old file."""
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as saved:
-        with _no_progress_bars():
-            yield saved
-        for name in sorted(os.listdir(saved), reverse=True):  # the weights, then config.json
-            os.replace(Path(saved, name), Path(folder, name))
 
 
 def check_no_lora(model: nn.Module) -> None:
@@ -203,18 +170,6 @@ def check_no_lora(model: nn.Module) -> None:
             "the student has a LoRA in it, for which its layout has no place. Save the LoRA alone, "
             "with save_pretrained of its PeftModel, or what its merge_and_unload() returns."
         )
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Silence transformers' bars, which would announce a student's fraction of a second."""
-    previous = transformers_logging.set_tqdm_hook(
-        lambda bar, args, kwargs: bar(*args, **kwargs | {"disable": True})
-    )
-    try:
-        yield
-    finally:
-        transformers_logging.set_tqdm_hook(previous)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -228,28 +183,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def atomic_save(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a folder whose files then replace those of `folder`: a full disk harms no old file."""
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as saved:
+        yield saved
+        for name in sorted(os.listdir(saved), reverse=True):  # the weights, then config.json
+            os.replace(Path(saved, name), Path(folder, name))
+
+
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: a reader finds the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file, so that a reader finds the old content or the new."""
+    with atomic_save(path.parent) as folder:
+        Path(folder, path.name).write_bytes(content)
 
 
 def update_model_card(
-    card: ModelCard | None,
-    student: SlimT5Encoder,
-    repo_id: str,
-    notes: str = "",
-    tags: Sequence[str] = (),
+    card: ModelCard | None, student: SlimT5Encoder, repo_id: str, notes: str = ""
 ) -> ModelCard:
     """A card with its facts replaced and tags added, and else as it was; a new one for None."""
-    total, projection = (
-        sum(weight.numel() for weight in part.parameters()) / 1e6  # counts the tied embedding once
-        for part in (student, student.final_projection)
-    )
     base = getattr(student.config, "base_model", None)
     new = ModelCard.from_template(
         ModelCardData(library_name="t5slim", base_model=base, tags=_TAGS),
@@ -259,18 +212,15 @@ def update_model_card(
         notes=notes,
         base_model=base,
         config=student.config,
-        millions={"encoder": total - projection, "projection": projection, "total": total},
+        millions=sum(weight.numel() for weight in student.parameters()) / 1e6,
         gib=student.get_memory_footprint() / 2**30,
         dtype=str(student.dtype).removeprefix("torch."),
-        t5slim=sys.modules["t5slim"].__version__,  # not imported: it imports this module
-        transformers=transformers.__version__,
-        torch=torch.__version__,
     )
     if card is None:
         card = new
     elif facts := _FACTS.search(new.text):
         card.text = _FACTS.sub(lambda _: facts[0], card.text)
     data: Any = card.data
-    data.tags = list(dict.fromkeys([*(data.tags or []), *_TAGS, *tags]))
+    data.tags = list(dict.fromkeys([*(data.tags or []), *_TAGS]))
     data.library_name = data.library_name or "t5slim"
     return card

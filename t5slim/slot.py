@@ -11,7 +11,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,30 +41,19 @@ _WIDTH_KEYS = (
 _WIDTH_OWNERS = ("transformer", "transformer_2", "unet", "projection_model")
 
 
-@dataclass(frozen=True)
-class Original:
-    """A module that was replaced, and what `model_index.json` and the component specs said of it.
-
-    None: what it is registered with; a module that was assigned to an empty slot has no entry.
-    """
-
-    module: nn.Module | None
-    index_entry: Any = None
-    component_spec: Any = None
-
-
 class TextSlot:
     """The component of a pipeline that holds its T5: found once, and carried.
 
     Args:
         pipe: A `DiffusionPipeline` or a `ModularPipeline`; or a class of the former, of which only
-            the names are known. T5, mT5, UMT5 and ByT5 encoders count as T5, and so does
-            what replaced one.
+            the names are known. T5, mT5, UMT5 and ByT5 encoders count as T5, and so does what
+            replaced one.
 
     Attributes:
         pipe: The pipeline, or the class.
         name: Of the component, such as `text_encoder_2`.
         tokenizer_name: Of the component that makes its ids, such as `tokenizer_2`.
+        register: The pipeline's method that takes a new component.
 
     Raises:
         NoT5SlotError: No component is a T5 or, where it is None, is declared as one.
@@ -76,7 +64,7 @@ class TextSlot:
         if pipe is not cls and not (hasattr(pipe, "register_modules") or is_modular(pipe)):
             raise TypeError(f"expected a diffusers pipeline, or a class of them; got {pipe!r}.")
         self.pipe = pipe
-        encoders = {}
+        self.register = "update_components" if is_modular(pipe) else "register_modules"
         for name, declared in self.component_types().items():
             if not _COMPONENT.fullmatch(name):
                 continue
@@ -90,18 +78,19 @@ class TextSlot:
                 self.name = name
                 self.tokenizer_name = name.replace("text_encoder", "tokenizer")
                 return
-            nothing = f"none, declared as {getattr(declared, '__name__', declared)}"
-            encoders[name] = nothing if module is None else type(module).__name__
-        listing = ", ".join(f"{name} ({what})" for name, what in encoders.items())
         raise NoT5SlotError(
-            f"{cls.__name__} has no T5 text encoder. Its text encoders: {listing or 'none'}. "
-            "t5slim replaces T5 encoders, as in FLUX.1, Stable Diffusion 3, PixArt or LTX-Video."
+            f"{cls.__name__} has no T5 text encoder. t5slim replaces T5 encoders, as in FLUX.1, "
+            "Stable Diffusion 3, PixArt or LTX-Video; SDXL and FLUX.2 have others."
         )
+
+    def __str__(self) -> str:
+        cls = self.pipe if isinstance(self.pipe, type) else type(self.pipe)
+        return f"{self.name} of this {cls.__name__}"
 
     @property
     def encoder(self) -> Any:
         """The module in the slot, or None."""
-        return getattr(self.pipe, self.name)
+        return getattr(self.pipe, self.name, None)
 
     @property
     def tokenizer(self) -> Any:
@@ -128,14 +117,19 @@ class TextSlot:
         cls = self.pipe if isinstance(self.pipe, type) else type(self.pipe)
         return {name: p.annotation for name, p in inspect.signature(cls).parameters.items()}
 
-    def replace(self, module: nn.Module | None) -> Original:
+    def replace(self, module: nn.Module | None) -> nn.Module | None:
         """Put a module, or None, in the slot, under the same offload as the one that was there.
 
-        The original loses the hooks of accelerate; those of group offload stay, for its return.
+        The module that was there loses the hooks of accelerate; those of group offload stay, for
+        its return.
+
+        Args:
+            module: The module to put in the slot.
+
+        Returns:
+            The module that was there, for `restore`.
         """
-        pipe, old = self.pipe, self.encoder
-        specs = getattr(pipe, "_component_specs", {})
-        original = Original(old, pipe.config[self.name], specs.get(self.name))
+        pipe, name, old = self.pipe, self.name, self.encoder
         hooks = _hooks(old, "group_offloading")
         if hooks and module is not None and not _hooks(module, "group_offloading"):
             from diffusers.hooks import apply_group_offloading
@@ -148,35 +142,24 @@ class TextSlot:
             group["use_stream"] = hooks[0].config.stream is not None
             apply_group_offloading(module, **group)
         with self.offload_paused():
-            if is_modular(pipe):
-                if hasattr(pipe, "unload_components"):  # or its components manager would keep it
-                    pipe.unload_components(self.name)
-                pipe.update_components(**{self.name: module})
-            else:
-                # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json,
-                # and `from_pretrained` would then lose the module that `save_pretrained` wrote.
-                pipe.register_modules(**{self.name: module})
+            if is_modular(pipe):  # a components manager would keep the original
+                pipe.unload_components(name)
+            # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json, and
+            # `from_pretrained` would then lose the module that `save_pretrained` wrote.
+            getattr(pipe, self.register)(**{name: module})
         for stage in stages(pipe):
-            if getattr(stage, self.name, stage) is old:
-                stage.register_modules(**{self.name: module})
-        return original
+            if getattr(stage, name, stage) is old:
+                stage.register_modules(**{name: module})
+        return old
 
-    def restore(self, original: Original) -> None:
-        """Undo `replace`: the original returns, and its replacement leaves without hooks."""
-        replacement = self.encoder
-        self.replace(original.module)
-        if original.index_entry is not None:
-            self.pipe.register_to_config(**{self.name: original.index_entry})
-        if original.component_spec is not None:
-            self.pipe._component_specs[self.name] = original.component_spec
+    def restore(self, original: nn.Module | None) -> None:
+        """Undo `replace`: `original` returns, and its replacement leaves without hooks."""
+        replacement = self.replace(original)
         for part in () if replacement is None else replacement.modules():
             registry: Any = getattr(part, "_diffusers_hook", None)
-            if registry is not None:
-                for name in list(registry.hooks):
-                    if name != "layerwise_casting":  # its own, and diffusers can't take it off
-                        registry.remove_hook(name, recurse=False)
-                if not registry.hooks:
-                    del part._diffusers_hook
+            for name in () if registry is None else list(registry.hooks):
+                if name != "layerwise_casting":  # its own, and diffusers can't take it off
+                    registry.remove_hook(name, recurse=False)
 
     @contextmanager
     def offload_paused(self) -> Iterator[None]:

@@ -52,10 +52,7 @@ def flux_folder(tmp_path_factory):
 
 @pytest.fixture
 def cpu_as_accelerator(monkeypatch):
-    """For offload: diffusers numbers its device, and a `cpu:0` isn't equal to a `cpu`.
-
-    And before 0.41 its group offload asks for the accelerator, where there is none.
-    """
+    """For offload: diffusers numbers its device, and a `cpu:0` isn't equal to a `cpu`."""
     import accelerate
     import torch
 
@@ -65,4 +62,3 @@ def cpu_as_accelerator(monkeypatch):
         "cpu_offload",
         lambda model, device, **kwargs: real(model, torch.device(device.type), **kwargs),
     )
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))

@@ -13,7 +13,6 @@ from helpers.students import IDS, MASK, OUT_DIM, TINY, close, embeddings, make_s
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     MT5Config,
     MT5EncoderModel,
@@ -25,38 +24,27 @@ from transformers import (
 )
 
 import t5slim
-from t5slim import ConfigError, ProjectionAdapter, SlimT5Config, SlimT5Encoder
+from t5slim import ProjectionAdapter, SlimT5Config, SlimT5Encoder
 
 # The config.json of a published student, at our size.
 PUBLISHED_CONFIG = {
-    "_name_or_path": "google/flan-t5-base",
-    "architectures": ["T5EncoderWithProjection"],
-    "classifier_dropout": 0.0,
     **TINY,
+    "architectures": ["T5EncoderWithProjection"],
     "decoder_start_token_id": 0,
     "dense_act_fn": "gelu_new",
-    "dropout_rate": 0.1,
-    "eos_token_id": 1,
-    "initializer_factor": 1.0,
     "is_encoder_decoder": True,
     "is_gated_act": True,
-    "layer_norm_epsilon": 1e-06,
     "model_type": "t5",
     "n_positions": 512,
-    "num_decoder_layers": 2,
     "out_dim": OUT_DIM,
-    "output_past": True,
-    "pad_token_id": 0,
     "project_in_dim": 16,
     "project_out_dim": OUT_DIM,
-    "relative_attention_max_distance": 128,
-    "relative_attention_num_buckets": 32,
     "task_specific_params": {"summarization": {"max_length": 200, "prefix": "summarize: "}},
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
     "transformers_version": "4.45.0",
-    "use_cache": True,
 }
+SHARED, EMBED = "encoder.shared.weight", "encoder.encoder.embed_tokens.weight"
 
 
 class Oracle(nn.Module):
@@ -66,49 +54,37 @@ class Oracle(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = T5EncoderModel(T5Config(**TINY))
-        self.final_projection = nn.Sequential(
-            nn.Linear(16, OUT_DIM, bias=False),
-            nn.ReLU(),
-            nn.Dropout(0.1),
-            nn.Linear(OUT_DIM, OUT_DIM, bias=False),
-        )
+        first, last = nn.Linear(16, OUT_DIM, bias=False), nn.Linear(OUT_DIM, OUT_DIM, bias=False)
+        self.final_projection = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.1), last)
 
     def forward(self, ids, mask=None):
         return (self.final_projection(self.encoder(ids, attention_mask=mask)[0]),)
 
-
-SHARED, EMBED = "encoder.shared.weight", "encoder.encoder.embed_tokens.weight"
-
-
-def write_published(folder, oracle, names=(SHARED,)):
-    """Write a checkpoint in the published layout, with the embedding under these names."""
-    tensors = {name: value.clone() for name, value in oracle.state_dict().items()}
-    embedding = tensors.pop(SHARED)
-    tensors.pop(EMBED)
-    tensors |= {name: embedding.clone() for name in names}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(PUBLISHED_CONFIG))
-    return folder
+    def write(self, folder, names=(SHARED,)):
+        """Write a checkpoint in the published layout, with the embedding under these names."""
+        tensors = {name: value.clone() for name, value in self.state_dict().items()}
+        embedding = tensors.pop(SHARED)
+        del tensors[EMBED]
+        tensors |= {name: embedding.clone() for name in names}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(PUBLISHED_CONFIG))
+        return tensors
 
 
 @pytest.fixture
-def oracle():
-    return Oracle().eval()
-
-
-@pytest.fixture
-def silent(recwarn, caplog, capfd):
-    """Nothing is said: no warning, no log, no progress bar."""
+def silent(recwarn, caplog):
+    """Nothing is warned of or logged."""
     for name in ("transformers", "huggingface_hub"):
         logging.getLogger(name).addHandler(caplog.handler)  # they don't propagate
-    capfd.readouterr()
     yield
-    assert not recwarn.list and not caplog.records and capfd.readouterr() == ("", "")
+    assert not recwarn.list and not caplog.records
 
 
 @pytest.mark.parametrize("names", [(SHARED,), (EMBED,), (SHARED, EMBED)])
-def test_published_layout(tmp_path, oracle, names, silent):
-    student = SlimT5Encoder.from_pretrained(write_published(tmp_path, oracle, names))
+def test_published_layout(tmp_path, names, silent):
+    oracle = Oracle().eval()
+    oracle.write(tmp_path, names)
+    student = SlimT5Encoder.from_pretrained(tmp_path)
     for mask in (None, MASK):
         ours, theirs = embeddings(student, mask), embeddings(oracle, mask)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
@@ -116,8 +92,8 @@ def test_published_layout(tmp_path, oracle, names, silent):
     assert student.encoder.shared.weight is student.encoder.encoder.embed_tokens.weight
 
 
-def test_saved_names_and_keys_are_the_published_ones(tmp_path, oracle):
-    before = load_file(write_published(tmp_path, oracle) / "model.safetensors")
+def test_saved_names_and_keys_are_the_published_ones(tmp_path):
+    before = Oracle().write(tmp_path)
     SlimT5Encoder.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     files = sorted(path.name for path in (tmp_path / "saved").iterdir())
     assert files == ["config.json", "model.safetensors"]
@@ -125,24 +101,15 @@ def test_saved_names_and_keys_are_the_published_ones(tmp_path, oracle):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in after)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    expected = PUBLISHED_CONFIG | {"model_type": "slim_t5", "architectures": ["SlimT5Encoder"]}
-    # An encoder neither decodes nor caches; the rest describes the files or was renamed.
-    expected |= {"is_encoder_decoder": False, "use_cache": False, "dtype": "float32"}
-    for key in ("_name_or_path", "torch_dtype", "transformers_version", "decoder_start_token_id"):
-        expected.pop(key)
-    assert expected.items() <= config.items()
-
-
-def test_auto_classes(tmp_path):
-    student = make_student()
-    student.save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is SlimT5Config
-    loaded = AutoModel.from_pretrained(tmp_path)
-    assert type(loaded) is SlimT5Encoder and close(loaded, student)
+    assert (config.pop("model_type"), config.pop("architectures")) == ("slim_t5", ["SlimT5Encoder"])
+    # What is about decoding is another now, or dropped.
+    same = {*TINY, "dense_act_fn", "is_gated_act", "out_dim", "project_in_dim", "project_out_dim"}
+    assert all(config[key] == PUBLISHED_CONFIG[key] for key in {*same, "tie_word_embeddings"})
 
 
 def test_forward():
-    student = make_student()
+    student = make_student(dropout_rate=0.3)
+    assert student.final_projection[2].p == 0.3
     expected = embeddings(student)
     with torch.no_grad():
         for output in (
@@ -159,26 +126,23 @@ def test_forward():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("load", ["from_pretrained", "from_t5"])
-def test_half_precision(tmp_path, dtype, load):
+def test_half_precision(tmp_path, dtype):
     """The activations of real T5s exceed float16 behind `wo`; see the class's docstring."""
     student = make_student()
     with torch.no_grad():
         for block in student.encoder.encoder.block:
             block.layer[1].DenseReluDense.wi_1.weight *= 1e3
             block.layer[1].DenseReluDense.wo.weight *= 1e3
-    (student if load == "from_pretrained" else student.encoder).save_pretrained(tmp_path)
-    if load == "from_t5":
-        config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "t5"}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-    half = getattr(SlimT5Encoder, load)(tmp_path, dtype=dtype)
-    for name, weight in half.named_parameters():
-        wide = dtype == torch.float16 and name.endswith(".wo.weight")
-        assert weight.dtype == (torch.float32 if wide else dtype), name
-    assert half.dtype == embeddings(half).dtype == dtype
-    if load == "from_pretrained":
-        error = (embeddings(half).float() - embeddings(student)).abs().max()
-        assert error < (0.02 if dtype == torch.float16 else 0.2)
+    student.save_pretrained(tmp_path)
+    T5EncoderModel(T5Config(**TINY)).save_pretrained(tmp_path / "t5")
+    half = SlimT5Encoder.from_pretrained(tmp_path, dtype=dtype)
+    for model in (half, SlimT5Encoder.from_t5(tmp_path / "t5", dtype=dtype)):
+        for name, weight in model.named_parameters():
+            wide = dtype == torch.float16 and name.endswith(".wo.weight")
+            assert weight.dtype == (torch.float32 if wide else dtype), name
+        assert model.dtype == embeddings(model).dtype == dtype
+    error = (embeddings(half).float() - embeddings(student)).abs().max()
+    assert error < (0.02 if dtype == torch.float16 else 0.2)
 
 
 def test_new_tokens_as_textual_inversion_adds_them(tmp_path):
@@ -204,11 +168,6 @@ def test_fresh_adapter_keeps_the_scale(dims):
     assert [tuple(weight.shape) for weight in adapter.parameters()] == [dims[::-1], (dims[1],) * 2]
 
 
-def test_dropout_rate_speaks_for_the_adapter_too():
-    """A student of 0.3 M parameters learns nothing by heart, and dropout only costs it."""
-    assert make_student(dropout_rate=0.3).final_projection[2].p == 0.3
-
-
 @pytest.mark.parametrize(
     "name, millions", [("small", 54), ("base", 130), ("large", 362), ("xl", 1249)]
 )
@@ -221,18 +180,9 @@ def test_presets(name, millions):
     assert SlimT5Config.preset(name, project_out_dim=2048).project_out_dim == 2048
 
 
-def test_unknown_preset():
-    with pytest.raises(ConfigError, match=r"small, base, large, xl, got 'huge'"):
-        SlimT5Config.preset("huge")
-
-
-def whole_t5():
-    """With a decoder, and a head of its own as in Flan-T5."""
-    return T5ForConditionalGeneration(T5Config(**TINY, tie_word_embeddings=False))
-
-
 T5S = {
-    "t5": whole_t5,
+    # With a decoder, and a head of its own as in Flan-T5.
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**TINY, tie_word_embeddings=False)),
     "mt5": lambda: MT5EncoderModel(MT5Config(**TINY)),
     # Each of its layers has position biases of its own, which a T5 has no place for.
     "umt5": lambda: UMT5EncoderModel(UMT5Config(**TINY)),
@@ -240,11 +190,10 @@ T5S = {
 
 
 @pytest.mark.parametrize("family", T5S)
-def test_from_t5(tmp_path, family, silent, capfd):
+def test_from_t5(tmp_path, family, silent):
     torch.manual_seed(0)
     model = T5S[family]().eval()
     model.save_pretrained(tmp_path / "t5")
-    capfd.readouterr()
     student = SlimT5Encoder.from_t5(tmp_path / "t5", OUT_DIM)
     assert not student.training
     assert student.config.encoder_type == ("umt5" if family == "umt5" else "t5")
@@ -257,21 +206,15 @@ def test_from_t5(tmp_path, family, silent, capfd):
     assert all(weight.grad is not None for weight in student.parameters())
     student.save_pretrained(tmp_path / "student")
     for cls in (SlimT5Encoder, AutoModel):
-        assert close(cls.from_pretrained(tmp_path / "student"), student)
-    text = (tmp_path / "student" / "config.json").read_text()
-    assert str(tmp_path) not in text and ("encoder_type" in text) == (family == "umt5")
-
-
-def test_from_what_is_no_t5(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", "d_model": 16}))
-    with pytest.raises(ConfigError, match="expected a T5, mT5 or UMT5, got model_type 'bart'"):
-        SlimT5Encoder.from_t5(tmp_path)
+        loaded = cls.from_pretrained(tmp_path / "student")
+        assert type(loaded) is SlimT5Encoder and close(loaded, student)
+    assert str(tmp_path) not in (tmp_path / "student" / "config.json").read_text()
 
 
 def test_import_is_light_and_registers_the_student():
     code = """
 import sys, t5slim, transformers
-print({"diffusers", "t5slim.distill", "t5slim.evaluate", "t5slim.patch"} & set(sys.modules))
+print({"diffusers", "t5slim.distill", "t5slim.evaluate"} & set(sys.modules))
 config = transformers.AutoConfig.for_model("slim_t5", d_model=16, d_kv=4, d_ff=8, num_layers=1)
 print(type(config).__name__, type(transformers.AutoModel.from_config(config)).__name__)
 print(hasattr(sys.modules["t5slim.encoder"], "PreTrainedModel"))
@@ -283,10 +226,9 @@ print(hasattr(sys.modules["t5slim.encoder"], "PreTrainedModel"))
 def test_public_names():
     for name in t5slim.__all__:
         value = getattr(t5slim, name)
-        assert value.__name__ == name and name in dir(t5slim)
+        assert value.__name__ == name
         if name.endswith("Error") and name != "T5SlimError":
             assert issubclass(value, t5slim.T5SlimError)
             assert issubclass(value, OSError if name == "HubAccessError" else ValueError)
     assert t5slim.distill.__name__ == "t5slim.distill"
-    with pytest.raises(AttributeError, match="module 't5slim' has no attribute 'patch_pipelin'"):
-        t5slim.patch_pipelin  # noqa: B018
+    assert not hasattr(t5slim, "patch_pipelin")

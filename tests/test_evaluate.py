@@ -125,11 +125,11 @@ def test_a_patched_pipeline_is_compared_with_its_own_teacher_and_stays_patched()
     patch_pipeline(pipe, student, keep_teacher=True)
     student.train()
     pd.testing.assert_frame_equal(compared(pipe, None).means(), expected)
-    assert pipe.text_encoder_2 is student and pipe._t5slim_patch.original.module is teacher
+    assert pipe.text_encoder_2 is student and pipe._t5slim_original is teacher
     calls = iter([1, 1])  # it works on the blank image and on the first one
     with pytest.raises(StopIteration):
         compared(pipe, None, judge=lambda *_: {"x": next(calls)})
-    assert pipe.text_encoder_2 is student and pipe._t5slim_patch.original.module is teacher
+    assert pipe.text_encoder_2 is student and pipe._t5slim_original is teacher
     assert student.training and not teacher.training
     gone = patch_pipeline(tiny_flux(), student)
     with pytest.raises(t5slim.PatchError, match="wasn't kept"):

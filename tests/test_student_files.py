@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from helpers.students import TINY, close, make_student
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, T5Config, T5EncoderModel
 
-from t5slim import CheckpointError, ConfigError, SlimT5Config, SlimT5Encoder
+from t5slim import CheckpointError, ConfigError, HubAccessError, SlimT5Config, SlimT5Encoder
 
 
 def holds(folder, seed, **kwargs):
@@ -41,8 +42,7 @@ def refused(folder, error, *parts, load=SlimT5Encoder.from_pretrained):
     """Loading raises `error`, whose text has these parts."""
     with pytest.raises(error) as caught:
         load(folder)
-    for part in parts:
-        assert part in str(caught.value)
+    assert not [part for part in parts if part not in str(caught.value)]
 
 
 def lacks(tensors):
@@ -51,23 +51,24 @@ def lacks(tensors):
     tensors["final_projection.0.weight"] = torch.zeros(25, 16)
 
 
-def differs(tensors):
-    tensors["encoder.encoder.embed_tokens.weight"] = tensors["encoder.shared.weight"] + 1
+def put(value):
+    return lambda tensors: tensors["final_projection.0.weight"][3, 2].fill_(value)
 
 
-LACKS = (
-    "missing: encoder.",
-    "shared.weight, final_projection.3.weight",
-    "unexpected: extra.a, extra.b",
-    "of another shape: final_projection.0.weight is (25, 16) and not (24, 16)",
-    "from_t5",
-)
-NOT_FINITE = ("NaN or infinity in: final_projection.0.weight", "revision")
+NOT_FINITE = ["NaN or infinity in: final_projection.0.weight", "revision"]
 TENSORS = {
-    "missing, unexpected and misshaped": (lacks, LACKS),
-    "NaN": (lambda t: t["final_projection.0.weight"][3, 2].fill_(float("nan")), NOT_FINITE),
-    "infinity": (lambda t: t["final_projection.0.weight"][3, 2].fill_(-float("inf")), NOT_FINITE),
-    "two embeddings": (differs, ("different values", "embed_tokens.weight")),
+    "NaN": (put(float("nan")), NOT_FINITE),
+    "infinity": (put(-float("inf")), NOT_FINITE),
+    "missing, unexpected and misshaped": (
+        lacks,
+        [
+            "missing: encoder.",
+            "shared.weight, final_projection.3.weight",
+            "unexpected: extra.a, extra.b",
+            "of another shape: final_projection.0.weight is (25, 16) and not (24, 16)",
+            "from_t5",
+        ],
+    ),
 }
 
 
@@ -104,11 +105,6 @@ def test_not_a_whole_safetensors_file(folder, content):
     refused(folder, CheckpointError, str(folder), "a whole safetensors file", "download")
 
 
-def test_what_its_file_cannot_hold_is_never_allocated(folder):
-    edit_config(folder, relative_attention_num_buckets=2**31 - 1)
-    refused(folder, CheckpointError, "bytes for 12,88", "another model's")
-
-
 def test_pickle_only_folder(folder):
     class Bomb:
         def __reduce__(self):
@@ -120,40 +116,29 @@ def test_pickle_only_folder(folder):
     assert not (folder / "exploded").exists()
 
 
-@pytest.mark.parametrize(
-    "text, error, message",
-    [
-        (None, CheckpointError, "holds no config.json"),
-        ("{", ConfigError, "isn't valid JSON"),
-        ("[1]", ConfigError, "expected a JSON object, got a list"),
-    ],
-)
-def test_config_is_no_json_object(folder, text, error, message):
+@pytest.mark.parametrize(("text", "message"), [("{", "isn't valid JSON"), ("[1]", "got a list")])
+def test_config_is_no_json_object(folder, text, message):
+    (folder / "config.json").write_text(text)
+    refused(folder, ConfigError, message)
     (folder / "config.json").unlink()
-    if text is not None:
-        (folder / "config.json").write_text(text)
-    refused(folder, error, message)
+    refused(folder, CheckpointError, "holds no config.json")
 
 
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"project_outdim": 24}, "unknown key 'project_outdim'"),
-        ({"nonsense": None}, "unknown key 'nonsense'"),
-        ({"model_type": "bert"}, "model_type: expected 't5' or 'slim_t5', got 'bert'"),
-        ({"d_model": 10**9, "project_in_dim": 10**9}, "at most 20 billion"),
-        ({"num_layers": 10**9}, "at most 20 billion"),
-        ({"project_out_dim": 10**7}, "at most 20 billion"),
-        ({"vocab_size": 10**400}, "vocab_size: expected an integer from 1"),
-        ({"d_ff": -1}, "d_ff: expected an integer from 1"),
-        ({"num_heads": 0}, "num_heads: expected an integer from 1"),
-        ({"project_out_dim": 24.0}, "project_out_dim: expected an integer"),
+        ({"d_model": 10**9, "project_in_dim": 10**9}, "at most 6 billion"),
+        ({"relative_attention_num_buckets": 2**31 - 1}, "at most 6 billion"),
+        ({"vocab_size": 10**400}, "at most 6 billion"),
+        ({"num_layers": 10**9}, "num_layers: expected from 1 to 1,000"),
+        ({"d_ff": -1}, "d_ff: expected a positive integer"),
+        ({"project_out_dim": 24.0}, "project_out_dim: expected a positive integer"),
         ({"d_model": "16"}, "d_model"),
         ({"d_kv": None}, "d_kv"),
         ({"project_in_dim": 32}, "project_in_dim: expected d_model = 16, got 32"),
         ({"dropout_rate": 1.5}, "dropout_rate"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon: expected a finite number"),
-        ({"feed_forward_proj": "gated-no", "dense_act_fn": "no"}, "feed_forward_proj"),
+        ({"feed_forward_proj": "gated-no"}, "feed_forward_proj"),
         ({"feed_forward_proj": "a-b-c"}, "feed_forward_proj"),
         ({"encoder_type": ["t5"]}, "encoder_type: expected 't5' or 'umt5'"),
         ({"torch_dtype": "float17", "dtype": None}, "float17"),
@@ -164,9 +149,18 @@ def test_config_values(folder, values, message):
     refused(folder, ConfigError, message)
 
 
+def test_keys_of_others_are_dropped(folder):
+    """Of two billion labels, transformers would make a dictionary."""
+    edit_config(folder, num_labels=2**31 - 1, nonsense=None, n_positions=512)
+    assert holds(folder, 0)
+    assert not hasattr(SlimT5Encoder.from_pretrained(folder).config, "nonsense")
+
+
 def test_config_in_python():
-    with pytest.raises(ConfigError, match="unknown key 'd_modle'"):
-        SlimT5Config(d_modle=16)
+    with pytest.raises(ConfigError, match="config has no d_modle, num_layer"):
+        SlimT5Config.preset("base", num_layer=2, d_modle=8)
+    with pytest.raises(ConfigError, match="small, base, large, xl, got 'huge'"):
+        SlimT5Config.preset("huge")
     assert SlimT5Config(out_dim=24).project_out_dim == 24
     assert SlimT5Config(hidden_size=256).d_model == 256
 
@@ -179,31 +173,23 @@ def test_arguments_of_from_pretrained(folder):
 
 
 def test_save_replaces_whole_files_only(folder, monkeypatch):
-    """A save that fails half-way leaves the student that was there, and no debris."""
-    import transformers.modeling_utils as modeling
-
+    """A save that fails half-way leaves what was there, and no debris."""
+    (folder / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def disk_full(tensors, filename, **kwargs):
-        with open(filename, "wb") as file:
-            file.write(b"half")
+        Path(filename).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(modeling, "safe_save_file", disk_full)
+        patch.setattr("transformers.modeling_utils.safe_save_file", disk_full)
         with pytest.raises(OSError, match="No space left"):
             make_student(1).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     make_student(1).save_pretrained(folder)
-    assert holds(folder, 1)
-
-
-def test_save_leaves_other_files_alone(folder):
-    (folder / "notes.txt").write_text("mine")
-    make_student(1).save_pretrained(folder, variant="fp16")
-    names = {"config.json", "model.safetensors", "model.fp16.safetensors", "notes.txt"}
-    assert {path.name for path in folder.iterdir()} == names
-    assert holds(folder, 1, variant="fp16")
+    make_student(2).save_pretrained(folder, variant="fp16")
+    assert holds(folder, 1) and holds(folder, 2, variant="fp16")
+    assert {path.name for path in folder.iterdir()} == {*before, "model.fp16.safetensors"}
 
 
 def test_shards(folder):
@@ -212,6 +198,6 @@ def test_shards(folder):
     (folder / "model.safetensors").unlink()
     assert holds(folder, 1)
     next(folder.glob("model-00002-*")).unlink()
-    refused(folder, CheckpointError, "lacks the shards model-00002-of-")
+    refused(folder, HubAccessError, "No such file", "model-00002-of-")
     make_student(2).save_pretrained(folder, max_shard_size="2KB")
     assert holds(folder, 2)

@@ -100,9 +100,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(200, {"url": f"http://{self.headers['Host']}/{repo_id}"})
         _, _, _, owner, name, action, revision = path.split("/", 6)
         repository = self.server.repositories[f"{owner}/{name}"]
-        if action == "branch":
-            repository.commit(repository.files("main") or {}, revision)
-            return self._json(200, {})
         if action == "preupload":
             files = json.loads(body)["files"]
             modes = {"uploadMode": "regular", "shouldIgnore": False}

@@ -5,30 +5,33 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from contextlib import suppress
 
 import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from tiny import PROMPTS, autoencoder, call_kwargs, clip_encoder, clip_tokenizer, tiny_student
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
+from tiny import PROMPTS, call_kwargs, clip_encoder, clip_tokenizer, tiny_flux, tiny_student
 from transformers import CLIPTextModelWithProjection
 
-from t5slim import SlimT5Config, SlimT5Encoder
+from t5slim import SlimT5Encoder, patch_pipeline
 from t5slim.slot import TextSlot
 
-GROUP = {"onload_device": "cpu", "offload_type": "leaf_level"}
-BLOCKS = {"onload_device": "cpu", "offload_type": "block_level", "num_blocks_per_group": 1}
 OFFLOADS = {
     "none": lambda pipe: None,
     "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
     "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
-    "group by leaf": lambda pipe: pipe.enable_group_offload(**GROUP),
-    "group by block": lambda pipe: pipe.enable_group_offload(**BLOCKS),
+    "group by leaf": lambda pipe: pipe.enable_group_offload("cpu", offload_type="leaf_level"),
+    "group by block": lambda pipe: pipe.enable_group_offload("cpu", num_blocks_per_group=1),
 }
+
+
+def flux_student(**config) -> SlimT5Encoder:
+    """A student that fits a tiny FLUX, or with other sizes than it needs."""
+    return tiny_student(tiny_flux(), **config)
+
+
+def patched_flux(**kwargs) -> FluxPipeline:
+    return patch_pipeline(tiny_flux(), flux_student(), **kwargs)
 
 
 def generate(pipe, prompt=PROMPTS[1], **kwargs) -> torch.Tensor:
@@ -41,12 +44,6 @@ def generate(pipe, prompt=PROMPTS[1], **kwargs) -> torch.Tensor:
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def student_for(pipe, **config) -> SlimT5Encoder:
-    """A student of other sizes than `pipe` needs."""
-    sizes = tiny_student(pipe).config.to_dict() | config
-    return SlimT5Encoder(SlimT5Config.from_dict(sizes)).eval()
 
 
 def state(pipe) -> tuple:
@@ -65,39 +62,35 @@ def state(pipe) -> tuple:
     )
 
 
+def hooks_of(module) -> list:
+    """The hooks of accelerate and diffusers on a module and its parts."""
+    parts = [vars(part) for part in module.modules()]
+    hooks = [part["_hf_hook"] for part in parts if "_hf_hook" in part]
+    registries = [part["_diffusers_hook"] for part in parts if "_diffusers_hook" in part]
+    return hooks + [hook for registry in registries for hook in registry.hooks]
+
+
 def t5_of(pipe) -> torch.nn.Module:
     return TextSlot(pipe).encoder
 
 
 def every_pipeline_class() -> list[type[DiffusionPipeline]]:
     """Also of modules that need a package which isn't here: as far as they can be imported."""
-    classes = set()
+    classes: set[type] = set()
     for module in pkgutil.walk_packages(diffusers.pipelines.__path__, "diffusers.pipelines."):
-        try:
-            contents = vars(importlib.import_module(module.name))
-        except ImportError:
-            continue
-        classes |= {
-            value
-            for value in contents.values()
-            if inspect.isclass(value)
-            and issubclass(value, DiffusionPipeline)
-            and value is not DiffusionPipeline
-        }
-    return sorted(classes, key=lambda cls: cls.__name__)
+        with suppress(ImportError):
+            contents = vars(importlib.import_module(module.name)).values()
+            classes |= {value for value in contents if inspect.isclass(value)}
+    pipelines = [cls for cls in classes - {DiffusionPipeline} if issubclass(cls, DiffusionPipeline)]
+    return sorted(pipelines, key=lambda cls: cls.__name__)
 
 
 def tiny_sdxl() -> StableDiffusionXLPipeline:
+    """The text encoders of one, neither of which is a T5."""
     return StableDiffusionXLPipeline(
-        vae=autoencoder(4),
         text_encoder=clip_encoder(),
         text_encoder_2=clip_encoder(CLIPTextModelWithProjection),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
-        unet=UNet2DConditionModel(
-            block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=32,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=4,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4,
-        ),
-        scheduler=DDIMScheduler(),
-    )  # fmt: skip
+        **dict.fromkeys(["vae", "unet", "scheduler"]),
+    )
