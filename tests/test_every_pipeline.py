@@ -6,12 +6,12 @@ What is measured here is the table of docs/pipelines.md; `python tests/zoo/table
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import WanPipeline
 from helpers.pipelines import every_pipeline_class
+from helpers.trajectories import assert_replays, captured
 from tiny import PROMPTS, tiny, tiny_student
 from zoo import CASES
 from zoo.facts import measure
@@ -19,8 +19,7 @@ from zoo.facts import measure
 from t5slim import DistillError, IncompatibleStudentError, NoT5SlotError, patch_pipeline
 from t5slim.distill import capture
 from t5slim.distill.pipeline import frozen, teacher_of
-from t5slim.distill.replay import Samples, predict, split_trajectory
-from t5slim.distill.teacher import TeacherEmbeddings
+from t5slim.distill.replay import predict
 from t5slim.slot import TextSlot
 
 TABLE = Path(__file__).parents[1] / "docs" / "pipelines.md"
@@ -55,23 +54,15 @@ def test_no_pipeline_is_left_out() -> None:
     assert len(distilled) >= 40
 
 
-def captured(
-    pipe: Any, prompts: list[str], kwargs: dict[str, Any]
-) -> tuple[list[Samples], TeacherEmbeddings]:
-    teacher = TeacherEmbeddings()
-    trajectory = capture(pipe, prompts, pipeline_kwargs=kwargs, encode=teacher.encode)
-    return split_trajectory(trajectory, teacher), teacher
-
-
 def test_gradients_pass_through_experts() -> None:
     """HiDream's, in eval mode, predict under torch.no_grad: a fifth of this slope was missing."""
     case = CASES["HiDreamImagePipeline"]
     pipe = case.pipe()
     experts = pipe.transformer.double_stream_blocks[0].block.ff_i
     with frozen(pipe, gradient_checkpointing=False):
-        (samples, *_), teacher = captured(pipe, case.texts, case.call())
+        _, (samples, *_), teacher = captured(pipe, case.texts, pipeline_kwargs=case.call())
+        assert_replays(pipe, [samples], teacher)
         own = teacher.get(teacher_of(pipe), samples.prompts, torch.device("cpu"))
-        assert torch.equal(predict(pipe, samples, own), samples.target)
         noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
         embeddings = (own + 0.3 * noise).requires_grad_()
 
@@ -88,14 +79,12 @@ def test_gradients_pass_through_experts() -> None:
 
 def test_wan_2_2_has_two_denoisers() -> None:
     pipe = tiny(WanPipeline, transformer={}, transformer_2={}, boundary_ratio=0.9)
-    calls, teacher = captured(pipe, PROMPTS[:2], CASES["WanPipeline"].call())
+    call = CASES["WanPipeline"].call()
+    _, calls, teacher = captured(pipe, PROMPTS[:2], pipeline_kwargs=call)
     # The second step is below `boundary_ratio`; each has a call for the prompt and one without.
     assert [call.denoiser for call in calls] == ["transformer"] * 2 + ["transformer_2"] * 2
     assert calls[0].signature != calls[2].signature
-    for call in calls:
-        embeddings = teacher.get(teacher_of(pipe), call.prompts, torch.device("cpu"))
-        with torch.no_grad():
-            assert torch.equal(predict(pipe, call, embeddings), call.target)
+    assert_replays(pipe, calls, teacher)
 
 
 @pytest.mark.skipif("AnyFlowFARPipeline" not in HERE, reason="diffusers has it from 0.39 on")

@@ -233,7 +233,7 @@ def test_ten_in_a_row_end_the_run_with_the_last_good_weights(tmp_path: Path) -> 
 def test_the_papers_order_is_consecutive_along_one_trajectory() -> None:
     pipe, config = tiny_flux(), quick(**vars(DistillConfig.paper(batch_size=4)))
     reservoir = TrajectoryReservoir(pipe, PROMPTS, config, pipeline_kwargs=call_kwargs(pipe))
-    samples: list[Any] = [batch.call for step in range(6) for batch in reservoir.batches(step)]
+    samples: list[Any] = [batch for step in range(6) for batch in reservoir.batches(step)]
     times = [call.batched["timestep",][0].item() for call in samples]
     assert times[:3] == sorted(times[:3], reverse=True) == times[3:]
     assert samples[0].prompts == samples[2].prompts != samples[3].prompts
@@ -260,7 +260,6 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"student": {"vocab_size": 1024}}, "vocabulary"),
     ({"pipeline_kwargs": {"hight": 16}}, "'hight'"),
     ({"trackers": ("mlflow",)}, "trackers: mlflow; expected .* installed"),
-    ({"reservoir_size": 3}, "prompts are sampled together"),
     ({"samples_every": 2}, "samples_every needs eval_prompts.*an output_dir"),
     ({"spoil": lambda pipe, student, out: patch_pipeline(pipe, student)}, "shares its weights"),
     ({"spoil": lambda pipe, student, out: student.requires_grad_(False)}, "No parameter of the"),

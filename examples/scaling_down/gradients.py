@@ -42,8 +42,8 @@ def main() -> None:
     texts = rng.sample(captions(500, held_out=False)[1], TRAJECTORIES)
     samples = []
     for i in range(0, TRAJECTORIES, 16):
-        trajectory = capture(pipe, texts[i : i + 16], pipeline_kwargs=CALL, seed=i)
-        for call in split_trajectory(trajectory, teacher):
+        trajectory = capture(pipe, texts[i : i + 16], pipeline_kwargs=CALL, seed=i, teacher=teacher)
+        for call in split_trajectory(trajectory):
             samples += [(call, place) for place in range(len(call))]
     prompts = sorted({prompt for call, _ in samples for prompt in call.prompts})
 

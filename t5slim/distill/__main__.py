@@ -26,11 +26,11 @@ from ..encoder import SlimT5Config, SlimT5Encoder
 from ..errors import ConfigError, DistillError, exit_on_error
 from ..hub import hub_errors
 from ..slot import TextSlot, free_memory
-from .cache import cache_teacher, cached_teacher
 from .config import DistillConfig
 from .pipeline import DENOISERS, check_pipeline_kwargs
 from .prompts import PromptSource, load_prompts, split_held_out
 from .report import METADATA, check_output_dir
+from .teacher import cache_teacher, cached_teacher
 from .trainer import check_launch, train
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,10 +29,9 @@ from torch import Tensor, nn
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from ..hub import write_atomic
-from .calls import Path as TensorPath
-from .calls import map_tensors
 from .config import DistillConfig
-from .pipeline import evaluating
+from .pipeline import Path as TensorPath
+from .pipeline import evaluating, map_tensors
 from .report import DistillResult
 from .reservoir import TrajectoryReservoir
 
@@ -148,9 +148,10 @@ class TrainingState:
         plain = json.dumps(map_tensors(state, refer))
         content, step = save(tensors, {"state": plain}), f"{self.result.steps:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        # Of a run that was killed while it wrote; and a damaged one, which wasn't resumed from.
-        for leftover in (*folder.glob(".*"), *folder.glob(f"{step}-*")):
-            leftover.unlink()
+        for leftover in folder.glob(".*"):  # of a run that was killed while it wrote
+            shutil.rmtree(leftover)
+        for damaged in folder.glob(f"{step}-*"):  # which wasn't resumed from
+            damaged.unlink()
         write_atomic(folder / f"{step}-{_digest(content)}.safetensors", content)
         for old in sorted(folder.glob("[0-9]*"))[:-keep]:
             old.unlink()

@@ -39,8 +39,8 @@ class DistillConfig:
         lr_schedule: After the warm-up, "cosine" or "linear" down to zero, or "constant".
         max_grad_norm: The student's gradients are clipped to this norm.
         reservoir_size: Samples are drawn at random from this many trajectories (of one prompt each,
-            over all devices), the oldest replaced as training goes on. 0: the paper's order,
-            consecutive updates along the trajectories of one batch.
+            over all devices; at least an update's), the oldest replaced as training goes on. 0: the
+            paper's order, consecutive updates along the trajectories of one batch.
         reuse: How often each sample is drawn on average before it is replaced. Higher: fewer
             teacher passes for an update, and less new in it.
         guidance_scales: One is drawn for each batch of trajectories where the denoiser takes

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
@@ -19,20 +18,11 @@ from ..errors import DistillError
 from ..patch import check_fit
 from ..slot import TextSlot
 from .objective import VelocityLoss
-from .pipeline import evaluating, images_per_prompt, teacher_of
+from .pipeline import evaluating, teacher_of
 from .prompts import Prompts, load_prompts
-from .replay import (
-    NO_PROMPT,
-    Samples,
-    TrajectoryCall,
-    predict,
-    predict_through_pipeline,
-    split_trajectory,
-)
-from .teacher import TeacherEmbeddings, encode_prompts, tokenize_empty
+from .replay import NO_PROMPT, Call, EmbeddingsOf, predictions, split_trajectory
+from .teacher import TeacherEmbeddings, encode_prompts
 from .trajectory import Trajectory, capture
-
-EmbeddingsOf = Callable[[list[int]], Tensor]  # prompts by index -> (B, S, D)
 
 
 @dataclass(frozen=True)
@@ -45,16 +35,11 @@ class GapReport:
         denominators: (P, C) float64, those of the empty prompt and the teacher.
         spread: The standard deviation of the student's embeddings between the prompts of a batch,
             over the teacher's: 0 is a collapse into one. None for a single prompt.
-        real_tokens, padding: The gap if only the prompts' own tokens, with the one that ends them,
-            or only the padding, are embedded by the student; None if not measured. The denoiser
-            isn't linear: their sum isn't `gap`.
     """
 
     distances: Tensor
     denominators: Tensor
     spread: float | None = None
-    real_tokens: float | None = None
-    padding: float | None = None
 
     @property
     def gap(self) -> float:
@@ -139,16 +124,17 @@ def check_student(pipe: Any, student: nn.Module) -> None:
 class _Batch:
     """Prompts whose trajectories were sampled together."""
 
-    prompts: list[int]  # that aren't empty
-    # Denoiser calls that read them: the index of each, its samples, and the place of each sample's
-    # prompt among all prompts.
-    calls: list[tuple[int, Samples | TrajectoryCall, Tensor]]
+    first: int  # of them among all prompts
+    empty: int  # the empty prompt, by its index in `TeacherEmbeddings`
+    prompts: tuple[int, ...]  # the others, likewise
+    calls: dict[int, Call]  # denoiser calls that read them
 
 
 class VelocityGap:
     """`velocity_gap` of any number of students, for one pipeline and set of prompts, captured once.
 
-    Each call costs one denoiser pass for each step and prompt, a third of what the first costs.
+    Each call costs one denoiser pass for each step and prompt, a third of what the first costs. To
+    measure a part of the tokens, pass an encoder whose other embeddings are the teacher's.
 
     Args:
         pipe, prompts, pipeline_kwargs, seed, batch_size: As for `velocity_gap`.
@@ -173,7 +159,7 @@ class VelocityGap:
         self.prompts = load_prompts(prompts)
         self.images: list[Image.Image] = []
         self._pipe = pipe
-        self._images_per_prompt = images_per_prompt(pipeline_kwargs or {})
+        self._device = torch.device(pipe._execution_device)
         self._teacher = TeacherEmbeddings()
         self._batches: list[_Batch] = []
         options: Any = {"pipeline_kwargs": pipeline_kwargs, "decode": decode, "layouts": {}}
@@ -181,7 +167,7 @@ class VelocityGap:
         for i, start in enumerate(tqdm(starts, desc="capture for the velocity gap", leave=False)):
             batch = self.prompts[start : start + batch_size]
             seeds = [seed] * len(batch) if decode else seed + i
-            trajectory = capture(pipe, batch, seed=seeds, encode=self._teacher.encode, **options)
+            trajectory = capture(pipe, batch, seed=seeds, teacher=self._teacher, **options)
             if decode and len(trajectory.images) != len(batch):
                 raise DistillError(
                     f"{type(pipe).__name__} generated {len(trajectory.images)} images of "
@@ -202,59 +188,41 @@ class VelocityGap:
         """The gap of a student; its mode (train or eval) is as before when this returns."""
         return self.report(student).gap
 
-    def report(self, student: nn.Module, *, parts: bool = False) -> GapReport:
-        """The gap of a student by prompt and call, and its spread.
+    def report(self, student: nn.Module) -> GapReport:
+        """The gap of a student by prompt and call, and its spread; its mode is as before."""
 
-        Args:
-            student: Its mode (train or eval) is as before when this returns.
-            parts: Also measure real tokens and padding apart, for three times the denoiser passes.
-        """
-
-        def of_student(indices: list[int]) -> Tensor:
+        def of_student(indices: tuple[int, ...]) -> Tensor:
             return encode_prompts(student, self._teacher, indices, self._device)
 
         with evaluating(student):
             distances, spread = self._distances(of_student), None
             if self._teacher_spread:
                 spread = math.sqrt(self._spread(of_student) / self._teacher_spread)
-            apart: list[float] = []
-            for real in (True, False) if parts else ():
-                mixed = self._distances(partial(self._mixed, of_student, real))
-                apart.append((mixed.sum() / self._denominators.sum()).item())
-        return GapReport(distances, self._denominators, spread, *apart)
+        return GapReport(distances, self._denominators, spread)
 
     @torch.no_grad()
     def _distances(self, embeddings_of: EmbeddingsOf) -> Tensor:
         """(P, C), as in `GapReport`, if the text is what `embeddings_of` says."""
-        loss = VelocityLoss()
         totals = torch.zeros(len(self.prompts), self._calls, dtype=torch.float64)
         for batch in self._batches:
-            predictions = self._predictions(batch, embeddings_of)
-            for (i, call, places), prediction in zip(batch.calls, predictions, strict=True):
-                losses = loss(prediction, call.target).to("cpu", torch.float64)
+            found = self._predictions(batch, embeddings_of)
+            for (i, call), prediction in zip(batch.calls.items(), found, strict=True):
+                losses = VelocityLoss()(prediction, call.target).to("cpu", torch.float64)
+                places = batch.first + torch.tensor(call.places)
                 totals[:, i].index_add_(0, places, losses * call.target[0].numel())
         return totals
 
     def _predictions(self, batch: _Batch, embeddings_of: EmbeddingsOf) -> Iterator[Tensor]:
-        def encode(ids: Tensor, mask: Tensor | None) -> Tensor:
-            # Of a trajectory as a whole, the empty prompt is and stays the teacher's.
-            indices = self._teacher.add(ids, mask)
-            of_teacher = self._of_teacher(indices)
-            prompted = torch.tensor([i in batch.prompts for i in indices], device=self._device)
-            own = embeddings_of(indices).to(of_teacher.dtype)
-            return torch.where(prompted[:, None, None], own, of_teacher)
-
-        whole: dict[int, Tensor] = {}
+        """For each of the batch's calls, (N, ...), if the text is what `embeddings_of` says."""
         embeddings = embeddings_of(batch.prompts)
-        for i, call, _ in batch.calls:
-            if isinstance(call, Samples):
-                places = [batch.prompts.index(prompt) for prompt in call.prompts]
-                yield predict(self._pipe, call, embeddings[places])
-                continue
-            if not whole:
-                every = range(self._calls)
-                whole = predict_through_pipeline(self._pipe, call.trajectory, encode, every)
-            yield whole[i]
+        known = dict(zip(batch.prompts, embeddings, strict=True))
+        # Of a trajectory as a whole, the empty prompt is and stays the teacher's.
+        known[batch.empty] = self._of_teacher((batch.empty,))[0].to(embeddings)
+
+        def encoded(prompts: tuple[int, ...]) -> Tensor:
+            return pad_sequence([known[prompt] for prompt in prompts], batch_first=True)
+
+        return predictions(self._pipe, [*batch.calls.values()], encoded)
 
     @torch.no_grad()
     def _spread(self, embeddings_of: EmbeddingsOf) -> float:
@@ -268,42 +236,21 @@ class VelocityGap:
             total += ((embeddings - mean).square() * weight).sum().item()
         return total
 
-    def _of_teacher(self, indices: list[int]) -> Tensor:
+    def _of_teacher(self, indices: tuple[int, ...]) -> Tensor:
+        """(B, S, D), the teacher's own."""
         return self._teacher.get(teacher_of(self._pipe), indices, self._device)
 
-    def _of_empty_prompt(self, indices: list[int]) -> Tensor:
-        """(B, S, D), those of the empty prompt for each; it may have less of them."""
-        missing = self._teacher.tokens(indices, self._device)[0].shape[1] - len(self._empty)
-        return F.pad(self._empty, (0, 0, 0, missing)).expand(len(indices), -1, -1)
-
-    def _mixed(self, embeddings_of: EmbeddingsOf, real: bool, indices: list[int]) -> Tensor:
-        """The student's where a prompt has tokens (or, if not `real`, padding), else T5's."""
-        ids, mask = self._teacher.tokens(indices, self._device)
-        tokens = ids != TextSlot(self._pipe).tokenizer.pad_token_id if mask is None else mask.bool()
-        teacher = self._of_teacher(indices)
-        own = embeddings_of(indices).to(teacher.dtype)
-        return torch.where((tokens == real)[..., None], own, teacher)
+    def _of_empty_prompt(self, indices: tuple[int, ...]) -> Tensor:
+        """(B, S, D), those of the empty prompt for each, with zeros behind if it is shorter."""
+        *_, empty = self._of_teacher((*indices, self._empty))
+        return empty.expand(len(indices), -1, -1)
 
     def _batch(self, trajectory: Trajectory, first: int) -> _Batch:
-        first_call = trajectory.encoder_calls[0]
-        ids = first_call.input_ids
-        if any(call.input_ids.shape[1] != ids.shape[1] for call in trajectory.encoder_calls):
-            ids = ids[:, :1]  # the pipeline doesn't pad, and its empty prompt is the end alone
-        ids, mask = tokenize_empty(self._pipe, ids, first_call.attention_mask)
-        self._empty = self._teacher.encode(teacher_of(self._pipe), ids, mask)[0]
-        self._device = self._empty.device
-        (empty,) = self._teacher.add(ids, mask)
-        calls: list[tuple[int, Samples | TrajectoryCall, Tensor]] = []
-        for i, call in enumerate(split_trajectory(trajectory, self._teacher)):
-            # The images of a prompt stand together; the branches of guidance follow each other.
-            places = torch.arange(len(call.target)) // self._images_per_prompt
-            places = first + places % len(trajectory.prompts)
-            if isinstance(call, Samples):
-                kept = [k for k, p in enumerate(call.prompts) if p not in (NO_PROMPT, empty)]
-                if not kept:
-                    continue
-                if len(kept) < len(call):
-                    call, places = call.select(kept), places[kept]
-            calls.append((i, call, places))
-        prompts = {prompt for _, call, _ in calls for prompt in call.prompts}
-        return _Batch(sorted(prompts - {empty}), calls)
+        """Take a trajectory apart, and leave out the samples of the empty prompt."""
+        encoded = [prompt for prompts in trajectory.encoder_calls for prompt in prompts]
+        self._empty = empty = self._teacher.add_empty(TextSlot(self._pipe).tokenizer, encoded)
+        split = enumerate(split_trajectory(trajectory))
+        kept = {i: call.without(NO_PROMPT, empty) for i, call in split}
+        calls = {i: call for i, call in kept.items() if call is not None}
+        prompts = {prompt for call in calls.values() for prompt in call.prompts}
+        return _Batch(first, empty, tuple(sorted(prompts - {empty})), calls)

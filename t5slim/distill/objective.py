@@ -6,16 +6,16 @@ B samples, T text tokens, D channels of the teacher's embeddings.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .calls import call_encoder
 from .config import DistillConfig
 from .pipeline import teacher_of
-from .replay import Samples, predict, predict_through_pipeline
-from .reservoir import Batch
+from .replay import predictions
+from .reservoir import Batch, PromptBatch
 from .teacher import TeacherEmbeddings, encode_prompts
 
 
@@ -47,33 +47,25 @@ class Objective:
         Returns:
             () float32, differentiable in the student's weights.
         """
-        different = list(dict.fromkeys(batch.prompts))
-        places = {prompt: i for i, prompt in enumerate(different)}
-        of_sample = [places[prompt] for prompt in batch.prompts]
-        by_embedding = [name for name in weights if name in _OF_EMBEDDINGS]
+
+        @cache  # encoded once, for the prediction and for the losses of embeddings
+        def embeddings_of(prompts: tuple[int, ...]) -> Tensor:
+            return encode_prompts(student, self._teacher, prompts, self._device)
+
         losses: dict[str, Tensor] = {}
-        if by_embedding or isinstance(batch.call, Samples):
-            embeddings = encode_prompts(student, self._teacher, different, self._device)
         if "velocity" in weights:
-            assert batch.call is not None
-            if isinstance(batch.call, Samples):
-                # If all differ, they are in order.
-                repeated = len(different) < len(of_sample)
-                own = embeddings[of_sample] if repeated else embeddings
-                prediction = predict(self._pipe, batch.call, own, self._config.autocast_dtype)
-            else:
-                index = batch.call.index
-                prediction = predict_through_pipeline(
-                    self._pipe, batch.call.trajectory,
-                    lambda ids, mask: call_encoder(student, ids, mask), {index},
-                    self._config.autocast_dtype,
-                )[index]  # fmt: skip
-            losses["velocity"] = VelocityLoss()(prediction, batch.call.target)
-        if by_embedding:
+            assert not isinstance(batch, PromptBatch)
+            dtype = self._config.autocast_dtype
+            (prediction,) = predictions(self._pipe, [batch], embeddings_of, dtype)
+            losses["velocity"] = VelocityLoss()(prediction, batch.target)
+        if by_embedding := [name for name in weights if name in _OF_EMBEDDINGS]:
+            different = tuple(dict.fromkeys(batch.prompts))
+            of_sample = [different.index(prompt) for prompt in batch.prompts]
             _, mask = self._teacher.tokens(different, self._device)
             target = self._teacher.get(teacher_of(self._pipe), different, self._device)
             for name in by_embedding:
-                losses[name] = _OF_EMBEDDINGS[name](embeddings, target, mask)[of_sample]
+                loss = _OF_EMBEDDINGS[name](embeddings_of(different), target, mask)
+                losses[name] = loss[of_sample]
         return torch.stack([weights[name] * losses[name].mean() for name in weights]).sum()
 
 
@@ -180,9 +172,7 @@ def distances_between(embeddings: Tensor, attention_mask: Tensor | None) -> Tens
     if attention_mask is not None:
         embeddings = embeddings * attention_mask[..., None].to(embeddings)
     flat = embeddings.flatten(1)
-    squares = (flat[:, None] - flat[None]).square().sum(-1)
-    # The root has no gradient at zero, where a prompt meets itself.
-    return torch.where(squares > 0, squares.clamp(min=1e-12).sqrt(), 0.0)
+    return (flat[:, None] - flat[None]).norm(dim=-1)  # at zero its gradient is 0
 
 
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:

@@ -6,6 +6,7 @@ offload hooks stay those of the modules that the pipeline knows.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import DistillError
-from ..slot import TextSlot, is_modular, stages, uncompiled
-from .calls import call_encoder, intercept
+from ..slot import TextSlot, compute_dtype, is_modular, stages, uncompiled
 
 # What a pipeline may call for a prediction: Wan 2.2 has two experts, Kandinsky 3 a UNet.
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -32,6 +32,7 @@ _TEXT_ARGUMENT = re.compile(r"(.+_)?prompt(_\d)?")  # negative_prompt_2, prompt_
 _IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # of every function that it decorates
 
+Path = tuple[Any, ...]  # keys and indices that lead to a tensor, such as ("added_cond_kwargs", "x")
 Encode = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
 Denoise = Callable[[str, Callable[..., Any], dict[str, Any]], Any]
 
@@ -66,7 +67,7 @@ def is_sharded(pipe: Any) -> bool:
 
 def encoded_by(student: Callable[..., Any], pipe: Any) -> Encode:
     """`encode` for `run_pipeline`: the student in the place of the pipeline's teacher."""
-    dtype = teacher_of(pipe).dtype
+    dtype = compute_dtype(teacher_of(pipe))
     return lambda _, ids, mask: call_encoder(student, ids, mask).to(dtype)
 
 
@@ -169,11 +170,6 @@ def generate(
 ) -> tuple[Image.Image, ...]:
     """The images of a batch of prompts, each from its own seed; none of video and sound."""
     output = run_pipeline(pipe, prompts, pipeline_kwargs, seeds, encode=encode, output_type="pil")
-    return images_of(output)
-
-
-def images_of(output: Any) -> tuple[Image.Image, ...]:
-    """The images in what a pipeline returned; none of video and sound."""
     return tuple(getattr(output, "images", None) or ())
 
 
@@ -246,6 +242,24 @@ def check_no_cache(pipe: Any) -> None:
 
 
 @contextmanager
+def intercept(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Let `function(forward, *args, **kwargs)` stand for the module's `forward`.
+
+    On the instance, where accelerate's offload hooks put theirs too: `forward` is the hooked one.
+    """
+    # After `module.compile()`, torch.compile would look into `function`, and compile that.
+    name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+    before = module.__dict__.get(name)
+    setattr(module, name, partial(function, getattr(module, name)))
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if before is not None:
+            setattr(module, name, before)
+
+
+@contextmanager
 def frozen(pipe: Any, gradient_checkpointing: bool) -> Iterator[None]:
     """Disable gradients and dropout of all components; afterwards they are as before."""
     with ExitStack() as stack:
@@ -277,3 +291,66 @@ def evaluating(student: nn.Module) -> Iterator[None]:
         yield
     finally:
         student.train(training)
+
+
+# --- calls, and the tensors in them ---
+
+
+def call_encoder(forward: Callable[..., Any], ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The last hidden state of T5 or a student, (B, S, D)."""
+    return forward(ids)[0] if mask is None else forward(ids, attention_mask=mask)[0]
+
+
+def call_denoiser(
+    denoiser: Any, forward: Any, kwargs: dict[str, Any], autocast_dtype: torch.dtype | None
+) -> Any:
+    """`forward(**kwargs)`, under autocast if a dtype is given; output in its own dtype."""
+    if autocast_dtype is None:
+        return forward(**kwargs)
+    # Not `Accelerator.autocast`: accelerate fixes the precision once for a process, and a notebook
+    # that trains a second time with another one would be refused.
+    with torch.autocast(denoiser.device.type, autocast_dtype):
+        output = forward(**kwargs)
+    return with_first_tensor(output, first_tensor(output).to(denoiser.dtype))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The prediction in what a denoiser returned: a tensor, a tuple, or diffusers' output class."""
+    tensor = output if isinstance(output, Tensor) else output[0]
+    if tensor is None:
+        raise DistillError(
+            "the denoiser was called to fill a cache and not for a prediction, as by AnyFlow-FAR "
+            "between the chunks of a video. Make the video in one chunk (chunk_partition)."
+        )
+    return tensor
+
+
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """`output` with another prediction in it."""
+    if isinstance(output, Tensor):
+        return tensor
+    return (tensor, *output[1:]) if isinstance(output, tuple) else type(output)(tensor)
+
+
+def map_tensors(tree: Any, function: Callable[[Path, Tensor], Any], path: Path = ()) -> Any:
+    """Copy nested dicts, lists and tuples, each tensor in them as `function(path, tensor)`."""
+    if isinstance(tree, Tensor):
+        return function(path, tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(value, function, (*path, key)) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(map_tensors(value, function, (*path, i)) for i, value in enumerate(tree))
+    return tree
+
+
+def tensors_in(tree: Any) -> dict[Path, Tensor]:
+    """Every tensor in nested dicts, lists and tuples, by its path."""
+    found: dict[Path, Tensor] = {}
+    map_tensors(tree, found.__setitem__)
+    return found
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's content, in hex."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()

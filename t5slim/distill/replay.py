@@ -7,9 +7,8 @@ call. For a pipeline that changes T5's embeddings on their way, its own code is 
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,28 +17,59 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
-from .calls import Path, call_denoiser, first_tensor, map_tensors, tensor_sha256, tensors_in
-from .teacher import TeacherEmbeddings
+from ..slot import compute_dtype
+from .pipeline import (
+    Path,
+    call_denoiser,
+    first_tensor,
+    map_tensors,
+    teacher_of,
+    tensor_sha256,
+    tensors_in,
+)
 from .trajectory import DenoiserCall, NotAGather, Trajectory, run_again
 
 logger = logging.getLogger(__name__)
 
 NO_PROMPT = -1
 
+EmbeddingsOf = Callable[[tuple[int, ...]], Tensor]  # of prompts by index, (B, S, D)
+
 
 @dataclass(frozen=True)
-class Samples:
+class Call:
+    """A denoiser call that can be repeated with other embeddings: `Samples` or `TrajectoryCall`.
+
+    Attributes:
+        prompts: The indices of its prompts in `TeacherEmbeddings`.
+        places: For each of its N samples, the place of its prompt among those of its trajectory.
+        target: (N, ...), the teacher's prediction.
+    """
+
+    prompts: list[int]
+    places: list[int]
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def without(self, *prompts: int) -> Call | None:
+        """Only the samples of other prompts, if it can be taken apart; None if there are none."""
+        return self
+
+
+@dataclass(frozen=True)
+class Samples(Call):
     """N samples of one denoiser call, or of several that agree in everything that isn't batched.
 
     Attributes:
+        prompts: As of every `Call`; here of each sample, or `NO_PROMPT`.
         denoiser: The component that is called.
         kwargs: Its arguments; those with a batch dimension are in the following.
         batch_dims: Their batch dimension, by path; below it is the first.
         batched: (N, ...), but for arguments of nothing but T5's embeddings (SD3's has CLIP's, too).
         text: (N, ...) int64, of the shape of an argument with T5's embeddings, without the
             channels: which token embedding of the sample's prompt stands there, or -1.
-        prompts: For each sample the index of its prompt in `TeacherEmbeddings`, or `NO_PROMPT`.
-        target: (N, ...), the teacher's prediction.
     """
 
     denoiser: str
@@ -47,11 +77,6 @@ class Samples:
     batch_dims: dict[Path, int]
     batched: dict[Path, Tensor]
     text: dict[Path, Tensor]
-    prompts: list[int]
-    target: Tensor
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
     @cached_property
     def signature(self) -> Hashable:
@@ -65,55 +90,55 @@ class Samples:
 
         return self.denoiser, repr(map_tensors(self.kwargs, describe)), self.target.shape[1:]
 
-    def select(self, indices: Sequence[int]) -> Samples:
-        """Some of the samples, at least one."""
-        return collate([(self, i) for i in indices])
+    def without(self, *prompts: int) -> Samples | None:
+        """Only the samples of other prompts; None if there are none."""
+        kept = [i for i, prompt in enumerate(self.prompts) if prompt not in prompts]
+        if len(kept) == len(self):
+            return self
+        return collate([(self, i) for i in kept]) if kept else None
 
 
 @dataclass(frozen=True)
-class TrajectoryCall:
-    """A denoiser call that can't be taken apart into samples: `trajectory.reason` says why."""
+class TrajectoryCall(Call):
+    """A denoiser call that can't be taken apart into samples: `trajectory.reason` says why.
+
+    Attributes:
+        prompts: Of all encoder calls; each may matter to every sample.
+        trajectory: The trajectory.
+        index: Of the call in it.
+    """
 
     trajectory: Trajectory
     index: int
-    prompts: list[int]
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-    @property
-    def target(self) -> Tensor:
-        """The teacher's prediction, (N, ...)."""
-        return self.trajectory.denoiser_calls[self.index].target
 
 
-def split_trajectory(
-    trajectory: Trajectory, teacher: TeacherEmbeddings
-) -> list[Samples | TrajectoryCall]:
-    """Take a trajectory apart into the samples of its denoiser calls, their prompts by index.
+def split_trajectory(trajectory: Trajectory) -> list[Call]:
+    """Take a trajectory apart into the samples of its denoiser calls.
 
     Of a pipeline that isn't a gather: the calls as a whole, each with all prompts.
     """
-    prompts: list[int] = []
-    origin: list[tuple[int, int]] = []  # of each token embedding of T5: prompt, position in it
-    for call in trajectory.encoder_calls:
-        prompts += (of_call := teacher.add(call.input_ids, call.attention_mask))
-        origin += itertools.product(of_call, range(call.input_ids.shape[1]))
     try:
         if trajectory.batch_dims is None:
             raise NotAGather(trajectory.reason)
-        table = torch.tensor(origin, device=trajectory.encoder_calls[0].embeddings.device)
+        origin = torch.tensor(trajectory.origin, device=trajectory.denoiser_calls[0].target.device)
         return [
-            _split_call(call, dims, table)
+            _split_call(call, dims, trajectory.places(call), origin)
             for call, dims in zip(trajectory.denoiser_calls, trajectory.batch_dims, strict=True)
         ]
     except NotAGather as reason:
         logger.info("The student is led through the whole pipeline, as %s.", reason)
         whole = replace(trajectory, reason=str(reason))
-        return [TrajectoryCall(whole, i, prompts) for i in range(len(whole.denoiser_calls))]
+        prompts = [prompt for encoded in whole.encoder_calls for prompt in encoded]
+        return [
+            TrajectoryCall(prompts, whole.places(call), call.target, whole, i)
+            for i, call in enumerate(whole.denoiser_calls)
+        ]
 
 
-def _split_call(call: DenoiserCall, dims: dict[Path, int | None], origin: Tensor) -> Samples:
+def _split_call(
+    call: DenoiserCall, dims: dict[Path, int | None], places: list[int], origin: Tensor
+) -> Samples:
+    """Take a denoiser call apart; `origin` is that of the trajectory, (T, 2)."""
     N = len(call.target)
     batch_dims = {path: dim for path, dim in dims.items() if dim is not None}
     if not call.sources.keys() <= batch_dims.keys():
@@ -140,7 +165,7 @@ def _split_call(call: DenoiserCall, dims: dict[Path, int | None], origin: Tensor
         call.kwargs, lambda path, tensor: tensor.new_empty(0) if path in batch_dims else tensor
     )
     prompts = owner.amax(1).tolist()
-    return Samples(call.denoiser, kwargs, batch_dims, batched, text, prompts, call.target)
+    return Samples(prompts, places, call.target, call.denoiser, kwargs, batch_dims, batched, text)
 
 
 def collate(picks: Sequence[tuple[Samples, int]]) -> Samples:
@@ -148,16 +173,11 @@ def collate(picks: Sequence[tuple[Samples, int]]) -> Samples:
     first, _ = picks[0]
     return replace(
         first,
-        batched={
-            path: torch.stack([samples.batched[path][i] for samples, i in picks])
-            for path in first.batched
-        },
-        text={
-            path: torch.stack([samples.text[path][i] for samples, i in picks])
-            for path in first.text
-        },
-        prompts=[samples.prompts[i] for samples, i in picks],
-        target=torch.stack([samples.target[i] for samples, i in picks]),
+        batched={p: torch.stack([one.batched[p][i] for one, i in picks]) for p in first.batched},
+        text={p: torch.stack([one.text[p][i] for one, i in picks]) for p in first.text},
+        prompts=[one.prompts[i] for one, i in picks],
+        places=[one.places[i] for one, i in picks],
+        target=torch.stack([one.target[i] for one, i in picks]),
     )
 
 
@@ -197,30 +217,61 @@ def predict(
     return first_tensor(call_denoiser(denoiser, denoiser, kwargs, autocast_dtype))
 
 
-def predict_through_pipeline(
+def predictions(
     pipe: Any,
-    trajectory: Trajectory,
-    encode: Callable[[Tensor, Tensor | None], Tensor],
-    calls: Collection[int],
+    calls: Sequence[Call],
+    embeddings_of: EmbeddingsOf,
     autocast_dtype: torch.dtype | None = None,
-) -> dict[int, Tensor]:
-    """The denoiser's predictions at some calls of a trajectory, with other embeddings in the slot.
+) -> Iterator[Tensor]:
+    """The denoiser's predictions at some calls of one trajectory, with other embeddings.
 
-    The pipeline's own code is run under autograd: `encode(input_ids, attention_mask)` in the text
-    slot, and a denoiser that predicts in `calls`, and always returns the recorded prediction, so
-    that x_t stays the teacher's. It serves every pipeline, such as StableAudio, which projects T5's
-    embeddings with a learned layer; only samples of one trajectory and one call can share a batch.
-    Each prediction is (N, ...), differentiable in the embeddings if grad is enabled.
+    Args:
+        pipe: The pipeline that the calls were captured from.
+        calls: From `split_trajectory`, in their order; or a batch of a `TrajectoryReservoir`.
+        embeddings_of: Called with prompts by their index in `TeacherEmbeddings`: for each `Samples`
+            with those in it, each once; or for all `TrajectoryCall`s, which one run of the pipeline
+            serves, with those of each encoder call.
+        autocast_dtype: Run the denoiser under autocast to this dtype.
+
+    Yields:
+        For each call (N, ...), differentiable in the embeddings if grad is enabled.
+
+    Raises:
+        DistillError: Run again, the pipeline calls its denoiser with other noise.
     """
-    predictions: dict[int, Tensor] = {}
+    whole = [call for call in calls if isinstance(call, TrajectoryCall)]
+    if whole:
+        yield from _predict_through_pipeline(pipe, whole, embeddings_of, autocast_dtype)
+    for call in calls:
+        if isinstance(call, Samples):
+            different = tuple(dict.fromkeys(call.prompts))
+            embeddings = embeddings_of(different)
+            if len(different) < len(call):  # else they are in the order of the samples
+                embeddings = embeddings[[different.index(prompt) for prompt in call.prompts]]
+            yield predict(pipe, call, embeddings, autocast_dtype)
+
+
+def _predict_through_pipeline(
+    pipe: Any,
+    calls: Sequence[TrajectoryCall],
+    embeddings_of: EmbeddingsOf,
+    autocast_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """The predictions at some calls of one trajectory, by the pipeline's own code.
+
+    It runs under autograd with other embeddings in the text slot, and a denoiser that predicts in
+    `calls` and always returns the recorded prediction, so that x_t stays the teacher's. This serves
+    every pipeline, such as StableAudio, which projects T5's embeddings with a learned layer.
+    """
+    trajectory, found = calls[0].trajectory, []
+    indices = [call.index for call in calls]
     grad = torch.is_grad_enabled()
+    dtype = compute_dtype(teacher_of(pipe))
     # Before the pipeline is called, as that seeds what the student's dropout draws from.
-    embeddings = iter(
-        [
-            encode(call.input_ids, call.attention_mask).to(call.embeddings.dtype)
-            for call in trajectory.encoder_calls
-        ]
-    )
+    encoded = iter([embeddings_of(prompts).to(dtype) for prompts in trajectory.encoder_calls])
+
+    def encode(_: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return next(encoded)[:, : ids.shape[1]]
 
     def predict_or_repeat(i: int, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Tensor:
         recorded, now = trajectory.denoiser_calls[i], tensors_in(kwargs)
@@ -231,11 +282,10 @@ def predict_through_pipeline(
                     f"with another {'/'.join(map(str, path))}: its trajectory can't be learned "
                     "from. Check that its scheduler draws its noise from the pipeline's generator."
                 )
-        if i in calls:
+        if i in indices:
             denoiser = getattr(pipe, recorded.denoiser)
-            output = call_denoiser(denoiser, forward, kwargs, autocast_dtype)
-            predictions[i] = first_tensor(output)
+            found.append(first_tensor(call_denoiser(denoiser, forward, kwargs, autocast_dtype)))
         return recorded.target.clone()
 
-    run_again(pipe, trajectory, lambda *_: next(embeddings), predict_or_repeat, grad=grad)
-    return predictions
+    run_again(pipe, trajectory, encode, predict_or_repeat, grad=grad)
+    return found

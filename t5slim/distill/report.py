@@ -22,10 +22,9 @@ from .. import __version__
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from ..hub import read_json, write_atomic
-from .calls import tensor_sha256
 from .config import DistillConfig
 from .metrics import GapReport
-from .pipeline import Encode, denoisers, generate, teacher_of
+from .pipeline import Encode, denoisers, generate, teacher_of, tensor_sha256
 from .prompts import PromptSource
 
 _THIRDS = ("first", "middle", "last")

@@ -25,12 +25,12 @@ from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from ..hub import check_no_lora, hub_errors, update_model_card, write_atomic
 from . import report
-from .calls import call_encoder
 from .checkpoint import TrainingState, interruptible, load_checkpoint, master_weights
 from .config import DistillConfig
 from .metrics import VelocityGap, check_student
 from .objective import Objective
 from .pipeline import (
+    call_encoder,
     check_no_cache,
     check_pipeline_kwargs,
     denoisers,

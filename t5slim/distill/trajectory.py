@@ -9,6 +9,7 @@ A pipeline that does more than copying is told by a guard, and captured without 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,16 +20,20 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DistillError
-from .calls import (
+from .pipeline import (
+    Encode,
     Path,
     call_denoiser,
-    call_encoder,
+    check_no_cache,
+    denoisers,
     first_tensor,
+    images_per_prompt,
     map_tensors,
+    run_pipeline,
     tensors_in,
     with_first_tensor,
 )
-from .pipeline import Encode, check_no_cache, denoisers, images_of, run_pipeline
+from .teacher import TeacherEmbeddings
 
 # Codes have digits from 1 to 16: integers that bfloat16 and float16 hold exactly, and none of them
 # is the 0 of a padding. Five digits count a million token embeddings.
@@ -40,15 +45,6 @@ Predict = Callable[[int, Callable[..., Any], dict[str, Any]], Tensor]  # index, 
 
 class NotAGather(DistillError):
     """The pipeline does more with T5's embeddings than copying them: the fallback serves it."""
-
-
-@dataclass(frozen=True)
-class EncoderCall:
-    """One call of the encoder in the text slot."""
-
-    input_ids: Tensor  # (B, S) int64
-    attention_mask: Tensor | None  # (B, S); FLUX.1, SD3 and LTX pass none
-    embeddings: Tensor  # (B, S, D), the teacher's output in its own dtype
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,10 @@ class Trajectory:
 
     Attributes:
         prompts, pipeline_kwargs, seed, zero_pooled: As passed to `capture`.
-        encoder_calls, denoiser_calls: In their order.
+        encoder_calls: The prompts of each call of T5, by their index in the `TeacherEmbeddings`.
+        origin: Of each of T5's token embeddings in these calls, the prompt, by its index again, and
+            the position in it.
+        denoiser_calls: In their order.
         images: That the pipeline generated, if they were decoded and it makes images.
         batch_dims: For each denoiser call, the batch dimension of each tensor by path; None for a
             tensor without one. None if the pipeline isn't a gather, for the `reason` that follows.
@@ -85,7 +84,8 @@ class Trajectory:
     pipeline_kwargs: dict[str, Any]
     seed: int | Sequence[int]
     zero_pooled: bool
-    encoder_calls: tuple[EncoderCall, ...] = ()
+    encoder_calls: tuple[tuple[int, ...], ...] = ()
+    origin: tuple[tuple[int, int], ...] = ()
     denoiser_calls: tuple[DenoiserCall, ...] = ()
     images: tuple[Image.Image, ...] = ()
     batch_dims: list[dict[Path, int | None]] | None = None
@@ -93,13 +93,14 @@ class Trajectory:
 
     def run(self, pipe: Any, **options: Any) -> Any:
         """`run_pipeline` as for this trajectory."""
-        options |= {"zero_pooled": self.zero_pooled}
-        return run_pipeline(pipe, self.prompts, self.pipeline_kwargs, self.seed, **options)
+        of_request = (self.prompts, self.pipeline_kwargs, self.seed)
+        return run_pipeline(pipe, *of_request, zero_pooled=self.zero_pooled, **options)
 
-    @property
-    def denoiser_samples(self) -> int:
-        """The number of samples that the denoiser predicted: the cost of this capture."""
-        return sum(len(call.target) for call in self.denoiser_calls)
+    def places(self, call: DenoiserCall) -> list[int]:
+        """For each sample of a denoiser call, the place of its prompt in `prompts`."""
+        # The images of a prompt stand together; the branches of guidance follow each other.
+        images = images_per_prompt(self.pipeline_kwargs)
+        return [i // images % len(self.prompts) for i in range(len(call.target))]
 
 
 def capture(
@@ -109,7 +110,7 @@ def capture(
     pipeline_kwargs: Mapping[str, Any] | None = None,
     seed: int | Sequence[int] = 0,
     zero_pooled: bool = False,
-    encode: Encode | None = None,
+    teacher: TeacherEmbeddings | None = None,
     autocast_dtype: torch.dtype | None = None,
     decode: bool = False,
     layouts: dict[Any, Any] | None = None,
@@ -125,8 +126,7 @@ def capture(
             depend on its batch.
         zero_pooled: Replace `pooled_projections` by zeros, where the denoiser takes them (section 4
             of arXiv 2503.19897: T5's embeddings, and not CLIP's vector, must carry the prompt).
-        encode: Called in place of the encoder's `forward`, as `encode(forward, input_ids,
-            attention_mask)`; returns (B, S, D). Default: the encoder itself.
+        teacher: The embeddings of prompts that were encoded before, to which these are added.
         autocast_dtype: Run the denoiser, and nothing else, under autocast to this dtype. Its output
             is cast back, or schedulers would pass the dtype on to x_t.
         decode: Also decode the images.
@@ -145,14 +145,15 @@ def capture(
     check_no_cache(pipe)
     layouts = {} if layouts is None else layouts
     request = Trajectory(tuple(prompts), dict(pipeline_kwargs or {}), seed, zero_pooled)
-    record = partial(_record, pipe, request, encode or call_encoder, autocast_dtype, decode)
+    teacher = TeacherEmbeddings() if teacher is None else teacher
+    record = partial(_record, pipe, request, teacher, autocast_dtype, decode)
     if _FALLBACK not in layouts:
         try:
             trajectory = record(coded=True)
             key = _shapes(trajectory)
             if key not in layouts:
-                _check_gather(pipe, trajectory)
-                layouts[key] = _batch_dims(pipe, trajectory)
+                _check_gather(pipe, trajectory, teacher)
+                layouts[key] = _batch_dims(pipe, trajectory, teacher)
             return replace(trajectory, batch_dims=layouts[key])
         except NotAGather as reason:
             layouts[_FALLBACK] = str(reason)
@@ -180,32 +181,49 @@ def run_again(
 
 
 def _record(
-    pipe: Any, request: Trajectory, encode: Encode, autocast_dtype: Any, decode: bool, coded: bool
+    pipe: Any,
+    request: Trajectory,
+    teacher: TeacherEmbeddings,
+    autocast_dtype: torch.dtype | None,
+    decode: bool,
+    coded: bool,
 ) -> Trajectory:
     """Record the requested trajectory, with T5's embeddings coded on their way or not."""
-    encoder_calls: list[EncoderCall] = []
+    encoder_calls: list[tuple[int, ...]] = []
     denoiser_calls: list[DenoiserCall] = []
-    copies = _Copies()
+    origin: list[tuple[int, int]] = []
+    embeddings: list[Tensor] = []  # (B, S, D) of each encoder call that is coded
+    # Of each tensor: itself, as its id would be given to another one if it were freed; its copy,
+    # made once; and what stands in it (see `_copy`).
+    copies: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
     attention = {name: getattr(d, "attn_processors", None) for name, d in denoisers(pipe).items()}
 
     def record_encoder(forward: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
-        embeddings = encode(forward, ids, mask)
-        kept_mask = None if mask is None else mask.clone()
-        encoder_calls.append(EncoderCall(ids.clone(), kept_mask, embeddings))
-        # A clone, as Cosmos zeroes embeddings in place.
-        return copies.codes_of(embeddings) if coded else embeddings.clone()
+        encoder_calls.append(tuple(teacher.add(ids, mask)))
+        codes = torch.arange(len(origin), len(origin) + ids.numel(), device=ids.device)
+        origin.extend(itertools.product(encoder_calls[-1], range(ids.shape[1])))
+        encoded = teacher.get(forward, encoder_calls[-1], ids.device)
+        if not coded:
+            return encoded
+        embeddings.append(encoded)
+        return _encode(codes, encoded.shape[-1]).to(encoded.dtype).view(encoded.shape)
+
+    def copy(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        key = (id(tensor), tensor._version)
+        if key not in copies:
+            copies[key] = (tensor, *_copy(tensor.detach(), embeddings))
+        return copies[key][1:]
 
     def record_denoiser(name: str, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         denoiser = getattr(pipe, name)
         if coded and getattr(denoiser, "attn_processors", None) != attention[name]:
             # Perturbed-attention guidance: it takes a batch apart, and needs all of it.
             raise NotAGather("it changes its denoiser's attention for the length of a call")
-        copied = {path: copies(tensor) for path, tensor in tensors_in(kwargs).items()}
+        copied = {path: copy(tensor) for path, tensor in tensors_in(kwargs).items()}
         sources = {path: source for path, (_, source) in copied.items() if source is not None}
-        text = {path: copied[path][0] for path in sources}
-        decoded = map_tensors(kwargs, lambda path, tensor: text.get(path, tensor))
-        output = call_denoiser(denoiser, forward, decoded, autocast_dtype)
         recorded = map_tensors(kwargs, lambda path, _: copied[path][0])
+        decoded = map_tensors(kwargs, lambda path, t: copied[path][0] if path in sources else t)
+        output = call_denoiser(denoiser, forward, decoded, autocast_dtype)
         kept = with_first_tensor(output, first_tensor(output).clone())
         denoiser_calls.append(DenoiserCall(name, recorded, kept, sources))
         return output
@@ -220,46 +238,35 @@ def _record(
     return replace(
         request,
         encoder_calls=tuple(encoder_calls),
+        origin=tuple(origin),
         denoiser_calls=tuple(denoiser_calls),
-        images=images_of(output) if decode else (),
+        images=tuple(getattr(output, "images", None) or ()) if decode else (),
     )
 
 
-class _Copies:
-    """Copies of tensors, each made once, with the teacher's embeddings in place of their codes."""
+def _copy(tensor: Tensor, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """A copy with the teacher's embeddings in the place of their codes.
 
-    def __init__(self) -> None:
-        self._embeddings: list[Tensor] = []  # (N, D) of each encoder call
-        self._copies: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
+    Args:
+        tensor: An argument of the denoiser.
+        teachers: Of each encoder call, the teacher's embeddings (B, S, D).
 
-    def codes_of(self, embeddings: Tensor) -> Tensor:
-        """Embeddings of the same shape and dtype that carry their index."""
-        start = sum(map(len, self._embeddings))
-        self._embeddings.append(embeddings.detach().flatten(0, 1))
-        indices = torch.arange(start, start + len(self._embeddings[-1]), device=embeddings.device)
-        return _encode(indices, embeddings.shape[-1]).to(embeddings.dtype).view(embeddings.shape)
-
-    def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A copy, and the sources of the token embeddings in it; None if it holds none."""
-        key = (id(tensor), tensor._version)
-        if key not in self._copies:
-            # The original is held, too: its id would be given to another tensor if it were freed.
-            self._copies[key] = (tensor, *self._copy(tensor.detach()))
-        return self._copies[key][1:]
-
-    def _copy(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        # Expanded where `tensor` is, strides kept: kernels round as their input lies in memory.
-        once = tensor[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]
-        copy, source = once.clone(), None
-        width = self._embeddings[0].shape[-1] if self._embeddings else None
-        if tensor.ndim > 1 and tensor.shape[-1] == width and tensor.is_floating_point():
-            embeddings = torch.cat(self._embeddings)
-            index = _decode(once)
-            is_text = (index >= 0) & (index < len(embeddings))
-            if is_text.any():
-                copy[is_text] = embeddings[index[is_text]].to(copy)
-                source = torch.where(is_text, index, -1).expand(tensor.shape[:-1])
-        return copy.expand_as(tensor), source
+    Returns:
+        The copy; and of each token embedding in it the index among all, or -1 where there is
+        none: int64 of the tensor's shape without the channels. None if it holds none at all.
+    """
+    # Expanded where `tensor` is, strides kept: kernels round as their input lies in memory.
+    once = tensor[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]
+    copy, source = once.clone(), None
+    width = teachers[0].shape[-1] if teachers else None
+    if tensor.ndim > 1 and tensor.shape[-1] == width and tensor.is_floating_point():
+        embeddings = torch.cat([of_call.flatten(0, 1) for of_call in teachers])
+        index = _decode(once)
+        is_text = (index >= 0) & (index < len(embeddings))
+        if is_text.any():
+            copy[is_text] = embeddings[index[is_text]].to(copy)
+            source = torch.where(is_text, index, -1).expand(tensor.shape[:-1])
+    return copy.expand_as(tensor), source
 
 
 def _encode(indices: Tensor, width: int) -> Tensor:
@@ -287,11 +294,10 @@ def _shapes(trajectory: Trajectory) -> Any:
     )
 
 
-def _check_gather(pipe: Any, trajectory: Trajectory) -> None:
+def _check_gather(pipe: Any, trajectory: Trajectory, teacher: TeacherEmbeddings) -> None:
     """Run the pipeline again, with T5's own embeddings: its denoiser must be called as before."""
     if not any(call.sources for call in trajectory.denoiser_calls):
         raise NotAGather("no token embedding of T5 reaches its denoiser unchanged")
-    encoder_calls = iter(trajectory.encoder_calls)
 
     def compare(i: int, _: Any, kwargs: dict[str, Any]) -> Tensor:
         recorded, now = trajectory.denoiser_calls[i], tensors_in(kwargs)
@@ -306,15 +312,16 @@ def _check_gather(pipe: Any, trajectory: Trajectory) -> None:
                 )
         return recorded.target.clone()
 
-    run_again(pipe, trajectory, lambda *_: next(encoder_calls).embeddings.clone(), compare)
+    run_again(pipe, trajectory, teacher.encode, compare)
 
 
-def _batch_dims(pipe: Any, trajectory: Trajectory) -> list[dict[Path, int | None]]:
+def _batch_dims(
+    pipe: Any, trajectory: Trajectory, teacher: TeacherEmbeddings
+) -> list[dict[Path, int | None]]:
     """Find the batch dimension of each argument, by a run with one prompt more: it grows."""
     # Comparing lengths with the number of prompts would be a guess: FLUX's `txt_ids` with 32 tokens
     # looks batched in a batch of 32.
     prompts, seed = trajectory.prompts, trajectory.seed
-    example = trajectory.encoder_calls[0].embeddings
     found: list[dict[Path, int | None]] = []
 
     def one_more(values: Any) -> Any:
@@ -325,9 +332,6 @@ def _batch_dims(pipe: Any, trajectory: Trajectory) -> list[dict[Path, int | None
 
     def grown(shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
         return tuple(n + n // len(prompts) if i == dim else n for i, n in enumerate(shape))
-
-    def blank(_: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
-        return example.new_zeros(*ids.shape, example.shape[-1])
 
     def compare_shapes(i: int, _: Any, kwargs: dict[str, Any]) -> Tensor:
         recorded, now = trajectory.denoiser_calls[i], tensors_in(kwargs)
@@ -351,7 +355,7 @@ def _batch_dims(pipe: Any, trajectory: Trajectory) -> list[dict[Path, int | None
         seed=seed if isinstance(seed, int) else [*seed, seed[0]],
     )
     try:
-        run_again(pipe, more, blank, compare_shapes)
+        run_again(pipe, more, teacher.encode, compare_shapes)
     except NotAGather:
         raise
     except Exception as refusal:  # such as CogVideoX, which wants an image for each prompt

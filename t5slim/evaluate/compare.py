@@ -23,10 +23,9 @@ from torchmetrics.functional.image import (
 )
 from tqdm.auto import tqdm
 
-from ..distill.cache import CachedTeacher
-from ..distill.calls import call_encoder
 from ..distill.metrics import VelocityGap, check_student
 from ..distill.pipeline import (
+    call_encoder,
     check_no_cache,
     encoded_by,
     evaluating,
@@ -37,6 +36,7 @@ from ..distill.pipeline import (
 )
 from ..distill.prompts import load_prompts
 from ..distill.report import peak_memory_gib, reset_peak_memory
+from ..distill.teacher import CachedTeacher
 from ..encoder import SlimT5Encoder
 from ..errors import EvaluateError
 from ..patch import is_student, patch_pipeline, student_config, unpatch_pipeline

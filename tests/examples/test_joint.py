@@ -6,7 +6,6 @@ import pytest
 from joint.joint import train_joint
 from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_sd3, tiny_student
 
-from t5slim import DistillError
 from t5slim.distill import DistillConfig, train, velocity_gap
 
 
@@ -37,8 +36,6 @@ def test_updates_take_turns_and_each_prompt_is_encoded_once():
     assert flux.student_samples == sd3.student_samples == 4 * 4
     assert len(encoded) == 2  # the prompts, and SD3's negative prompt
     assert not student.training
-    with pytest.raises(DistillError, match="examples/joint"):
-        train(pipes, student, PROMPTS)
     pipes[1] = tiny_sd3()
     with pytest.raises(ValueError, match="share one T5, got 2"):
         train_joint(pipes, student, PROMPTS, settings, pipeline_kwargs=kwargs)

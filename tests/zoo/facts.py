@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 import t5slim
 from t5slim.distill import capture
 from t5slim.distill.pipeline import teacher_of
-from t5slim.distill.replay import Samples, predict, predict_through_pipeline, split_trajectory
+from t5slim.distill.replay import EmbeddingsOf, Samples, predictions, split_trajectory
 from t5slim.distill.teacher import TeacherEmbeddings, encode_prompts
 from t5slim.errors import DistillError
 from t5slim.slot import TextSlot
@@ -65,27 +64,21 @@ def measure(case: Case) -> Facts:
     teacher = TeacherEmbeddings()
     seeds = range(len(case.texts))  # a noise for each prompt, as in training
     try:
-        trajectory = capture(
-            pipe, case.texts, pipeline_kwargs=call, seed=seeds, encode=teacher.encode
-        )
+        trajectory = capture(pipe, case.texts, pipeline_kwargs=call, seed=seeds, teacher=teacher)
     except DistillError as reason:
         return Facts(*about, "none", str(reason), 0, patched, False, 0.0)
-    calls = split_trajectory(trajectory, teacher)
+    calls = split_trajectory(trajectory)
     gather = isinstance(calls[0], Samples)
 
-    def predictions(embeddings_of: Callable[[list[int]], Tensor]) -> list[Tensor]:
-        if gather:  # a zeroed text has the index -1
-            texts = [embeddings_of([max(i, 0) for i in call.prompts]) for call in calls]
-            return [predict(pipe, call, text) for call, text in zip(calls, texts, strict=True)]
-        every = range(len(calls))
-        found = predict_through_pipeline(
-            pipe, trajectory, lambda *tokens: embeddings_of(teacher.add(*tokens)), every
-        )
-        return [found[i] for i in every]
+    def indices(prompts: tuple[int, ...]) -> list[int]:
+        return [max(i, 0) for i in prompts]  # a zeroed text has the index -1
+
+    def predicted(embeddings_of: EmbeddingsOf) -> list[Tensor]:
+        return [*predictions(pipe, calls, embeddings_of)]
 
     with torch.no_grad():
-        replayed = predictions(lambda indices: teacher.get(teacher_of(pipe), indices, CPU))
-    own = predictions(lambda indices: encode_prompts(student, teacher, indices, CPU))
+        replayed = predicted(lambda i: teacher.get(teacher_of(pipe), indices(i), CPU))
+    own = predicted(lambda i: encode_prompts(student, teacher, indices(i), CPU))
     losses = [(p - call.target).square().mean() for p, call in zip(own, calls, strict=True)]
     equal = all(torch.equal(p, call.target) for p, call in zip(replayed, calls, strict=True))
     torch.stack(losses).mean().backward()
