@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one pipeline class; `line` is its line of the table in docs/pipelines.md."""
+    """Of one pipeline class."""
 
     name: str
     slot: str
@@ -40,11 +40,11 @@ class Facts:
     gradient: float  # norm of the loss' gradient in the student's weights
 
     @property
-    def line(self) -> str:
+    def group(self) -> str:
+        """The beginning of the line in docs/pipelines.md that its class shares with its like."""
         encoder = self.encoder.removesuffix("EncoderModel")
         route = f"{self.route}: {self.why}" if self.why else self.route
-        cells = (f"`{self.name}`", f"`{self.slot}`", encoder, route)
-        return "| " + " | ".join(cells) + " |"
+        return f"| {route} | `{self.slot}` | {encoder} |"
 
 
 def measure(case: Case) -> Facts:

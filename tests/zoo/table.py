@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import diffusers
@@ -23,11 +24,17 @@ TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 def main() -> None:
     warnings.simplefilter("ignore")
     here = [case for case in CASES.values() if case.cls is not None]
-    lines = sorted(measure(case).line for case in tqdm(here, "pipelines"))
+    groups: dict[str, list[str]] = defaultdict(list)
+    for case in tqdm(here, "pipelines"):
+        groups[measure(case).group].append(f"`{case.name}`")
+    lines = [
+        f"{group} {', '.join(sorted(groups[group]))} |"
+        for group in sorted(groups, key=lambda group: (not group.startswith("| gather"), group))
+    ]
     distilled = sum(case.route != "none" for case in here)
     text = re.sub(r"diffusers [\d.]+", f"diffusers {diffusers.__version__}", TABLE.read_text())
     text = re.sub(r"\d+ classes; \d+ of", f"{len(here)} classes; {distilled} of", text)
-    head, *_ = text.partition("| `")
+    head, *_ = text.partition("| gather")
     TABLE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
