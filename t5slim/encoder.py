@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
@@ -31,6 +31,7 @@ from transformers import (
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for it in this module
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from . import hub
 from .errors import ConfigError
@@ -98,8 +99,8 @@ class SlimT5Config(T5Config):
         kwargs = {key: value for key, value in kwargs.items() if key in _KEYS}
         try:
             super().__init__(**kwargs | {"tie_word_embeddings": False})
-            given = (project_out_dim, out_dim, _T5_XXL_WIDTH)
-            self.project_out_dim = next(width for width in given if width is not None)
+            out_dim = _T5_XXL_WIDTH if out_dim is None else out_dim
+            self.project_out_dim = out_dim if project_out_dim is None else project_out_dim
             self.project_in_dim = self.d_model if project_in_dim is None else project_in_dim
             if encoder_type != "t5":  # for which the published files have no key
                 self.encoder_type = encoder_type
@@ -204,14 +205,14 @@ class SlimT5Encoder(T5PreTrainedModel):
         """Replace the token embedding."""
         self.encoder.set_input_embeddings(value)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutput | tuple[Any, ...]:
+    ) -> BaseModelOutput:
         """Encode prompts.
 
         Args:
@@ -219,11 +220,10 @@ class SlimT5Encoder(T5PreTrainedModel):
             attention_mask: (B, T), 0 for padding. FLUX.1 and SD3 pass none, and attend to it.
             inputs_embeds: (B, T, d_model), instead of ids.
             output_hidden_states: Also return the encoder's states, each (B, T, d_model).
-            return_dict: False for a tuple.
 
         Returns:
-            A BaseModelOutput, or a tuple of its parts; the first, `last_hidden_state`, is
-            (B, T, project_out_dim) in `self.dtype`.
+            A BaseModelOutput or, with `return_dict=False`, a tuple of its parts; the first,
+            `last_hidden_state`, is (B, T, project_out_dim) in `self.dtype`.
         """
         output = self.encoder(
             input_ids=input_ids,
@@ -233,8 +233,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             return_dict=True,
         )
         output.last_hidden_state = self.final_projection(output.last_hidden_state)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return output
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -300,9 +299,8 @@ class SlimT5Encoder(T5PreTrainedModel):
         with torch.device("meta"):
             model = cls(encoder.config)  # a copy of `config`, shared by both
         model.encoder = encoder
-        last = encoder.encoder.final_layer_norm.weight  # `device_map` may spread the layers
         adapter = ProjectionAdapter(config.d_model, config.project_out_dim, config.dropout_rate)
-        model.final_projection = adapter.to(last.device, encoder.dtype)
+        model.final_projection = adapter.to(encoder.device, encoder.dtype)
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]
@@ -333,8 +331,8 @@ class SlimT5Encoder(T5PreTrainedModel):
     ) -> str:
         """Upload the student with a model card; returns the address of the commit.
 
-        A card that is already in the repository keeps its text; the facts in it are replaced, if
-        they are still between the marks that t5slim put around them.
+        A card that is already in the repository stays as it is, with its facts: after another
+        training, edit it or delete it first.
 
         Args:
             repo_id: `owner/name`; made where needed.
@@ -347,16 +345,13 @@ class SlimT5Encoder(T5PreTrainedModel):
             CheckpointError, HubAccessError: As in `save_pretrained`; the Hub refuses.
         """
         api, private = HfApi(token=kwargs.pop("token", None)), kwargs.pop("private", None)
-        revision, card = kwargs.get("revision"), None
         with hub.hub_errors(repo_id), tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             for file in files:
                 shutil.copy(file, folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if api.file_exists(repo_id, "README.md", revision=revision):
-                card = ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
-            card = hub.update_model_card(card, self, repo_id, notes)
-            card.save(Path(folder, "README.md"))
+            if not api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")):
+                hub.model_card(self, repo_id, notes).save(Path(folder, "README.md"))
             kwargs = {"commit_message": "Upload a t5slim student"} | kwargs
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
 
 # Arguments that say where files are.
 _ACCESS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
-_TAGS = ["t5slim", "t5", "text-to-image", "diffusers"]
-# The facts stand between two comments: they can be replaced, and the words around them stay.
-_FACTS = re.compile(r"<!-- t5slim: facts.*?<!-- t5slim: end of facts -->", re.DOTALL)
-
 _LOGIN = "log in with `hf auth login`, or pass `token=`"
 _NO_FOLDER = "{what!r} is neither a folder on this machine nor "
 _NOT_CACHED = (
@@ -50,7 +45,12 @@ _ADVICE: dict[type[Exception], str] = {
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn every failure to read or write `what` into a HubAccessError; other errors pass."""
+    """Turn every failure to read or write `what` into a HubAccessError; other errors pass.
+
+    Raises:
+        HubAccessError: A repository or revision doesn't exist, is gated or private; the Hub refuses
+            or can't be reached, and the cache lacks a file; or a file can't be read or written.
+    """
     try:
         yield
     except T5SlimError:
@@ -73,7 +73,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def find_file(name: str, filename: str, *, subfolder: str = "", **access: Any) -> Path | None:
-    """The local path of a file of a folder or Hub repository, downloaded where needed, or None."""
+    """The local path of a file of a folder or Hub repository, downloaded where needed.
+
+    Returns:
+        The path; None if the folder or repository is there, and has no such file.
+    """
     if os.path.isdir(name):
         path = Path(name, subfolder, filename)
         return path if path.is_file() else None
@@ -199,28 +203,24 @@ def write_atomic(path: Path, content: bytes) -> None:
         Path(folder, path.name).write_bytes(content)
 
 
-def update_model_card(
-    card: ModelCard | None, student: SlimT5Encoder, repo_id: str, notes: str = ""
-) -> ModelCard:
-    """A card with its facts replaced and tags added, and else as it was; a new one for None."""
+def model_card(student: SlimT5Encoder, repo_id: str, notes: str = "") -> ModelCard:
+    """The card of a student, by `model_card.md`.
+
+    Args:
+        student: Its sizes, and the T5 that it was made from, are in the card.
+        repo_id: Name of the repository or folder.
+        notes: Further facts, in Markdown, such as how the student was trained.
+    """
     base = getattr(student.config, "base_model", None)
-    new = ModelCard.from_template(
-        ModelCardData(library_name="t5slim", base_model=base, tags=_TAGS),
+    tags = ["t5slim", "t5", "text-to-image", "diffusers"]
+    return ModelCard.from_template(
+        ModelCardData(library_name="t5slim", base_model=base, tags=tags),
         template_path=str(Path(__file__).with_name("model_card.md")),
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
         notes=notes,
-        base_model=base,
         config=student.config,
-        millions=sum(weight.numel() for weight in student.parameters()) / 1e6,
+        millions=student.num_parameters() / 1e6,
         gib=student.get_memory_footprint() / 2**30,
         dtype=str(student.dtype).removeprefix("torch."),
     )
-    if card is None:
-        card = new
-    elif facts := _FACTS.search(new.text):
-        card.text = _FACTS.sub(lambda _: facts[0], card.text)
-    data: Any = card.data
-    data.tags = list(dict.fromkeys([*(data.tags or []), *_TAGS]))
-    data.library_name = data.library_name or "t5slim"
-    return card

@@ -7,18 +7,13 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import nn
 
 from . import hub
 from .encoder import SlimT5Config, SlimT5Encoder
 from .errors import IncompatibleStudentError, PatchError
-from .slot import (
-    TextSlot,
-    check_device_map,
-    compute_dtype,
-    free_memory,
-    is_student,
-)
+from .slot import TextSlot, check_device_map, compute_dtype, is_student
 
 Student = nn.Module | str | os.PathLike[str]
 PipelineT = TypeVar("PipelineT")
@@ -224,7 +219,7 @@ def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
         pipe._t5slim_original = original  # for `unpatch_pipeline`
     else:
         del original
-        free_memory()
+        clear_device_cache(garbage_collection=True)  # hooks of offload make cycles
     return pipe
 
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import nn
 
 from .errors import NoT5SlotError, PatchError
@@ -51,6 +50,7 @@ class TextSlot:
 
     Attributes:
         pipe: The pipeline, or the class.
+        cls: The class.
         name: Of the component, such as `text_encoder_2`.
         tokenizer_name: Of the component that makes its ids, such as `tokenizer_2`.
         register: The pipeline's method that takes a new component.
@@ -60,15 +60,15 @@ class TextSlot:
     """
 
     def __init__(self, pipe: Any) -> None:
-        cls = pipe if isinstance(pipe, type) else type(pipe)
-        if pipe is not cls and not (hasattr(pipe, "register_modules") or is_modular(pipe)):
-            raise TypeError(f"expected a diffusers pipeline, or a class of them; got {pipe!r}.")
         self.pipe = pipe
+        self.cls = pipe if isinstance(pipe, type) else type(pipe)
         self.register = "update_components" if is_modular(pipe) else "register_modules"
+        if not hasattr(pipe, self.register):
+            raise TypeError(f"expected a diffusers pipeline, or a class of them; got {pipe!r:.80}.")
         for name, declared in self.component_types().items():
             if not _COMPONENT.fullmatch(name):
                 continue
-            module = None if pipe is cls else getattr(pipe, name, None)
+            module = getattr(pipe, name, None)
             config = getattr(module, "config", None)
             is_t5 = getattr(config, "model_type", None) in _T5_MODEL_TYPES or is_student(module)
             # Where a T5 is declared, any encoder may stand that says how wide its embeddings are.
@@ -79,13 +79,12 @@ class TextSlot:
                 self.tokenizer_name = name.replace("text_encoder", "tokenizer")
                 return
         raise NoT5SlotError(
-            f"{cls.__name__} has no T5 text encoder. t5slim replaces T5 encoders, as in FLUX.1, "
-            "Stable Diffusion 3, PixArt or LTX-Video; SDXL and FLUX.2 have others."
+            f"{self.cls.__name__} has no T5 text encoder. t5slim replaces T5 encoders, as in "
+            "FLUX.1, Stable Diffusion 3, PixArt or LTX-Video; SDXL and FLUX.2 have others."
         )
 
     def __str__(self) -> str:
-        cls = self.pipe if isinstance(self.pipe, type) else type(self.pipe)
-        return f"{self.name} of this {cls.__name__}"
+        return f"{self.name} of this {self.cls.__name__}"
 
     @property
     def encoder(self) -> Any:
@@ -112,10 +111,9 @@ class TextSlot:
 
     def component_types(self) -> dict[str, Any]:
         """The types that the pipeline declares its components with: classes, unions, or strings."""
-        if is_modular(self.pipe) and not isinstance(self.pipe, type):
+        if hasattr(self.pipe, "_component_specs"):  # of a modular one
             return {name: spec.type_hint for name, spec in self.pipe._component_specs.items()}
-        cls = self.pipe if isinstance(self.pipe, type) else type(self.pipe)
-        return {name: p.annotation for name, p in inspect.signature(cls).parameters.items()}
+        return {name: p.annotation for name, p in inspect.signature(self.cls).parameters.items()}
 
     def replace(self, module: nn.Module | None) -> nn.Module | None:
         """Put a module, or None, in the slot, under the same offload as the one that was there.
@@ -194,11 +192,6 @@ def is_student(module: object) -> bool:
 def embedding_width(config: Any) -> int | None:
     """Channels of an encoder's output, by its config; None if that doesn't say."""
     return getattr(config, "project_out_dim", getattr(config, "d_model", None))
-
-
-def free_memory() -> None:
-    """Collect a module that left a slot: hooks of offload make cycles, and T5-XXL would stay."""
-    clear_device_cache(garbage_collection=True)
 
 
 def check_device_map(device_map: Any) -> None:

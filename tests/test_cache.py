@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.memory import clear_device_cache
 from helpers.pipelines import OFFLOADS
 from helpers.training import spawn
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_student
@@ -28,7 +29,7 @@ from t5slim.distill.teacher import (
     prompt_keys,
 )
 from t5slim.errors import DistillError
-from t5slim.slot import TextSlot, free_memory
+from t5slim.slot import TextSlot
 
 pytestmark = pytest.mark.usefixtures("cpu_as_accelerator")
 
@@ -172,7 +173,7 @@ def test_under_offload(offload: str, tmp_path: Path) -> None:
     assert pipe.text_encoder_2 is teacher()
     assert_equal(targets_of(pipe, kwargs, PROMPTS[:2]), expected)
     TextSlot(pipe).replace(None)
-    free_memory()
+    clear_device_cache(garbage_collection=True)
     assert teacher() is None
     with cached_teacher(pipe, tmp_path):
         assert_equal(targets_of(pipe, kwargs, PROMPTS[:2]), expected)

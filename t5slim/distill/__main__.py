@@ -20,12 +20,13 @@ import diffusers
 import torch
 import yaml  # type: ignore[import-untyped]
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
 
 from ..encoder import SlimT5Config, SlimT5Encoder
 from ..errors import ConfigError, DistillError, exit_on_error
 from ..hub import hub_errors
-from ..slot import TextSlot, free_memory
+from ..slot import TextSlot
 from .config import DistillConfig
 from .pipeline import DENOISERS, check_pipeline_kwargs
 from .prompts import PromptSource, load_prompts, split_held_out
@@ -171,7 +172,7 @@ def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
         encode(t5, *others)  # without T5, this only looks whether all prompts are there
     except DistillError:
         encode(*others)
-    free_memory()
+    clear_device_cache(garbage_collection=True)
     accelerator.wait_for_everyone()
     return run.pipeline.load(device, [t5])
 

@@ -17,13 +17,13 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration  # type: ignore[import-untyped]
 from diffusers.optimization import get_scheduler
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
-from ..hub import check_no_lora, hub_errors, update_model_card, write_atomic
+from ..hub import check_no_lora, hub_errors, model_card, write_atomic
 from . import report
 from .checkpoint import TrainingState, interruptible, load_checkpoint, master_weights
 from .config import DistillConfig
@@ -340,12 +340,9 @@ def _finish(
             report.plot_run(result.history, folder / "run.png")
         images = [*folder.glob("run.png"), *sorted(folder.glob("samples-*.png"))[-1:]]
     notes = report.card_notes(facts, result, [image.name for image in images])
-    if folder is not None:
+    if folder is not None and not (folder / "README.md").exists():  # somebody's own words stay
         with _side_job("The model card"):
-            # Somebody's own words in it stay.
-            path = folder / "README.md"
-            card = ModelCard.load(path) if path.exists() else None
-            card = update_model_card(card, student, folder.resolve().name, notes)
-            write_atomic(path, str(card).encode())
+            card = model_card(student, folder.resolve().name, notes)
+            write_atomic(folder / "README.md", str(card).encode())
     if push_to_hub:
         student.push_to_hub(push_to_hub, notes=notes, files=images)
