@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from t5slim.distill.teacher import (
     TeacherCache,
     TeacherEmbeddings,
     describe_teacher,
-    encode_in_batches,
     prompt_keys,
 )
 from t5slim.errors import DistillError
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("cpu_as_accelerator")
 
 NEGATIVE = {"sd3": "a blue sign", "pixart_sigma": "large"}
 CPU = torch.device("cpu")
+assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def setting(name: str, seed: int = 0) -> tuple[Any, dict[str, Any]]:
@@ -52,10 +53,7 @@ def cached(folder: Path, name: str = "flux") -> tuple[Any, dict[str, Any], Teach
 def batches_of(module: torch.nn.Module) -> list[int]:
     """A list that gets the batch size of each call of `module` from now on."""
     sizes: list[int] = []
-    module.register_forward_hook(
-        lambda _, args, kwargs, __: sizes.append(len((*args, *kwargs.values())[0])),
-        with_kwargs=True,
-    )
+    module.register_forward_hook(lambda _, args, output: sizes.append(len(output[0])))
     return sizes
 
 
@@ -64,17 +62,9 @@ def targets_of(pipe: Any, kwargs: dict[str, Any], prompts: list[str]) -> list[to
     return [call.target for call in trajectory.denoiser_calls]
 
 
-def assert_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
-    assert len(first) == len(second) > 0
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def assert_same_embeddings(first: TeacherCache, second: TeacherCache) -> None:
-    files = [sorted(cache.folder.glob("??/*.safetensors")) for cache in (first, second)]
-    assert [file.name for file in files[0]] == [file.name for file in files[1]]
-    assert len(files[0]) == len(first) > 0
-    for ours, theirs in zip(*files, strict=True):
-        assert ours.read_bytes() == theirs.read_bytes()
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a cache, each with the embeddings of one prompt."""
+    return {file.name: file.read_bytes() for file in folder.glob("??/*.safetensors")}
 
 
 # --- what is encoded -----------------------------------------------------------------------------
@@ -82,7 +72,7 @@ def assert_same_embeddings(first: TeacherCache, second: TeacherCache) -> None:
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "pixart_sigma"])
 def test_a_prompt_is_encoded_once(name: str, tmp_path: Path) -> None:
-    pipe, kwargs, cache = cached(tmp_path, name)
+    pipe, kwargs, _ = cached(tmp_path, name)
     ids, mask = tokenize(pipe, PROMPTS, kwargs)[0]
     assert (mask is not None) == (name == "pixart_sigma")
     teacher, encoded = TeacherEmbeddings(), batches_of(teacher_of(pipe).encoder)
@@ -94,7 +84,7 @@ def test_a_prompt_is_encoded_once(name: str, tmp_path: Path) -> None:
     with cached_teacher(pipe, TeacherCache(tmp_path)):
         assert isinstance(teacher_of(pipe), CachedTeacher)
         assert torch.equal(TeacherEmbeddings().encode(teacher_of(pipe), ids, mask), embeddings)
-    assert len(cache) == len(PROMPTS) + 1 + (name in NEGATIVE)  # and the empty prompt
+    assert len(contents(tmp_path)) == len(PROMPTS) + 1 + (name in NEGATIVE)  # and the empty prompt
 
 
 def test_embeddings_of_a_prompt_dont_depend_on_its_batch() -> None:
@@ -103,9 +93,9 @@ def test_embeddings_of_a_prompt_dont_depend_on_its_batch() -> None:
     shape = {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8}
     teacher = T5EncoderModel(T5Config(vocab_size=512, **shape)).eval()
     ids = torch.randint(512, (20, 24))
-    whole = encode_in_batches(teacher, ids, None)
+    whole = TeacherEmbeddings().encode(teacher, ids, None)
     for pick in ([3], [7, 3], [19, 3, 5, 4, 8, 9, 11, 0, 1], list(range(19, -1, -1))):
-        assert torch.equal(encode_in_batches(teacher, ids[pick], None), whole[pick])
+        assert torch.equal(TeacherEmbeddings().encode(teacher, ids[pick], None), whole[pick])
 
 
 def test_a_mask_belongs_to_the_prompt() -> None:
@@ -189,7 +179,7 @@ def test_a_pipeline_with_only_its_text_encoders_fills_the_cache(name: str, tmp_p
     cache = cache_teacher(encoders, PROMPTS, tmp_path / "embeddings", pipeline_kwargs=kwargs)
     assert encoders.transformer is None and dict(encoders.config) == before
     assert cache.teacher == whole.teacher
-    assert_same_embeddings(cache, whole)
+    assert contents(cache.folder) == contents(whole.folder)
 
 
 def test_a_prompt_that_is_not_cached_is_shown(tmp_path: Path) -> None:
@@ -231,12 +221,8 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
     pipe, kwargs, cache = cached(tmp_path, "sd3")
     files = sorted(tmp_path.iterdir())
     other, _ = setting("sd3", seed=1)
-    for attempt in (
-        lambda: cache_teacher(other, PROMPTS, tmp_path, pipeline_kwargs=kwargs),
-        lambda: cached_teacher(other, cache).__enter__(),
-    ):
-        with pytest.raises(DistillError, match=r"another teacher .*\. weights: .* in the pipeline"):
-            attempt()
+    with pytest.raises(DistillError, match=r"another teacher .*\. weights: .* in the pipeline"):
+        cached_teacher(other, cache).__enter__()
     pipe.text_encoder_3.bfloat16()
     with pytest.raises(DistillError, match=r"weights: .*dtype: float32 in the cache, bfloat16 in"):
         cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs)
@@ -263,20 +249,12 @@ def test_folders_that_hold_no_cache(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "a flipped bit", "no header"])
-def test_a_damaged_file_is_not_believed(damage: str, tmp_path: Path, caplog: Any) -> None:
+@pytest.mark.parametrize("ending", [b"", bytes(100)], ids=["truncated", "other bits"])
+def test_a_damaged_file_is_not_believed(ending: bytes, tmp_path: Path, caplog: Any) -> None:
     pipe, kwargs, cache = cached(tmp_path)
     expected = targets_of(pipe, kwargs, PROMPTS)
     file = sorted(tmp_path.glob("??/*.safetensors"))[2]
-    content = bytearray(file.read_bytes())
-    if damage == "a flipped bit":
-        content[-100] ^= 4
-    elif damage == "no header":
-        content[:8] = bytes(8)
-    else:
-        del content[{"truncated": 1000, "empty": 0}[damage] :]
-    file.write_bytes(content)
-
+    file.write_bytes(file.read_bytes()[:-100] + ending)
     with cached_teacher(pipe, cache), pytest.raises(DistillError, match="cache_teacher"):
         targets_of(pipe, kwargs, ["", *PROMPTS])
     assert f"{file} is damaged" in caplog.text and not file.exists()
@@ -287,26 +265,21 @@ def test_a_damaged_file_is_not_believed(damage: str, tmp_path: Path, caplog: Any
         assert_equal(targets_of(pipe, kwargs, PROMPTS), expected)
 
 
-MANY = [f"a red star {n}" for n in range(200)]
-
-
 def fill(folder: Path, prompts: list[str]) -> None:
     pipe, kwargs = setting("flux")
     cache_teacher(pipe, prompts, folder, pipeline_kwargs=kwargs, batch_size=8)
 
 
 def test_two_processes_fill_one_folder_and_one_is_killed(tmp_path: Path) -> None:
-    folder = tmp_path / "embeddings"
-    killed, other = spawn(fill, folder, MANY[:120]), spawn(fill, folder, MANY[80:])
-    while len(list(folder.glob("??/*.safetensors"))) < 20:
+    many, folder = [f"a red star {n}" for n in range(200)], tmp_path / "embeddings"
+    killed, other = spawn(fill, folder, many[:120]), spawn(fill, folder, many[80:])
+    while len(contents(folder)) < 20:
         assert killed.is_alive()
         time.sleep(0.01)
     killed.kill()
     killed.join()
     other.join()
     assert other.exitcode == 0
-    pipe, kwargs = setting("flux")
-    cache = cache_teacher(pipe, MANY, folder, pipeline_kwargs=kwargs)
-    assert len(cache) == len(MANY) + 1
-    one = cache_teacher(pipe, MANY, tmp_path / "one", pipeline_kwargs=kwargs)
-    assert_same_embeddings(cache, one)
+    fill(folder, many)
+    fill(tmp_path / "one", many)
+    assert contents(folder) == contents(tmp_path / "one")

@@ -162,7 +162,7 @@ def test_without_t5_in_memory_the_numbers_are_the_same(tmp_path: Path) -> None:
         ("mine", {"seeds": (1, 1)}, "and each once"),
         ("mine", {"prompts": {}}, r"Got prompts \[\]"),
         ("mine", {"prompts": {"a": ["x"], "b": ["x"]}}, "and each once"),
-        ("mine", {"pipeline_kwargs": {"num_images_per_prompt": 2}}, "pass seeds="),
+        ("mine", {"pipeline_kwargs": {"num_images_per_prompt": 2}}, "may not hold 'num_images"),
         ("mine", {"judge": lambda *_: 0.5}, "judge returned 0.5; expected numbers by name"),
         ("mine", {"judge": lambda *_: {"x": "good"}}, "'x': 'good'}; expected numbers"),
         ("mine", {"judge": lambda *_: {"psnr": 1}}, "'psnr' is the name of another measure"),

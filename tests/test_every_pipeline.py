@@ -16,7 +16,7 @@ from tiny import PROMPTS, tiny, tiny_student
 from zoo import CASES
 from zoo.facts import measure
 
-from t5slim import DistillError, IncompatibleStudentError, NoT5SlotError, patch_pipeline
+from t5slim import IncompatibleStudentError, NoT5SlotError, patch_pipeline
 from t5slim.distill import capture
 from t5slim.distill.pipeline import frozen, teacher_of
 from t5slim.distill.replay import predict
@@ -86,13 +86,6 @@ def test_wan_2_2_has_two_denoisers() -> None:
     assert [call.denoiser for call in calls] == ["transformer"] * 2 + ["transformer_2"] * 2
     assert calls[0].signature != calls[2].signature
     assert_replays(pipe, calls, teacher)
-
-
-@pytest.mark.skipif("AnyFlowFARPipeline" not in HERE, reason="diffusers has it from 0.39 on")
-def test_a_cache_between_the_chunks_of_a_video_is_refused() -> None:
-    case = CASES["AnyFlowFARPipeline"]
-    with pytest.raises(DistillError, match="chunk_partition"):
-        capture(case.pipe(), case.texts, pipeline_kwargs=case.call() | {"chunk_partition": [1, 1]})
 
 
 def test_students_of_another_width_than_their_output() -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .config import DistillConfig
-from .pipeline import teacher_of
+from .pipeline import autocast_denoisers, teacher_of
 from .replay import predictions
-from .reservoir import Batch, PromptBatch
+from .reservoir import Batch
 from .teacher import TeacherEmbeddings, encode_prompts
 
 
@@ -53,14 +54,15 @@ class Objective:
             return encode_prompts(student, self._teacher, prompts, self._device)
 
         losses: dict[str, Tensor] = {}
+        prompts = batch if isinstance(batch, list) else batch.prompts
         if "velocity" in weights:
-            assert not isinstance(batch, PromptBatch)
-            dtype = self._config.autocast_dtype
-            (prediction,) = predictions(self._pipe, [batch], embeddings_of, dtype)
+            assert not isinstance(batch, list)
+            with autocast_denoisers(self._pipe, self._config.autocast_dtype):
+                (prediction,) = predictions(self._pipe, [batch], embeddings_of)
             losses["velocity"] = VelocityLoss()(prediction, batch.target)
         if by_embedding := [name for name in weights if name in _OF_EMBEDDINGS]:
-            different = tuple(dict.fromkeys(batch.prompts))
-            of_sample = [different.index(prompt) for prompt in batch.prompts]
+            different = tuple(dict.fromkeys(prompts))
+            of_sample = [different.index(prompt) for prompt in prompts]
             _, mask = self._teacher.tokens(different, self._device)
             target = self._teacher.get(teacher_of(self._pipe), different, self._device)
             for name in by_embedding:
@@ -89,12 +91,9 @@ class VelocityLoss(nn.Module):
 
         Returns:
             (B,) float32.
-
-        Raises:
-            ValueError: The shapes differ.
         """
-        _check_shapes(prediction, target)
-        return (prediction.float() - target.float()).square().flatten(1).mean(1)
+        error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        return error.flatten(1).mean(1)
 
 
 class EmbeddingLoss(nn.Module):
@@ -118,12 +117,8 @@ class EmbeddingLoss(nn.Module):
 
         Returns:
             (B,) float32.
-
-        Raises:
-            ValueError: The shapes differ.
         """
-        _check_shapes(embeddings, target)
-        error_BT = (embeddings.float() - target.float()).square().mean(-1)
+        error_BT = F.mse_loss(embeddings.float(), target.float(), reduction="none").mean(-1)
         if attention_mask is None:
             return error_BT.mean(1)
         mask_BT = attention_mask.to(error_BT)
@@ -155,11 +150,7 @@ class RelationalLoss(nn.Module):
 
         Returns:
             (B,) float32. Zero if the batch holds one prompt only.
-
-        Raises:
-            ValueError: The shapes differ.
         """
-        _check_shapes(embeddings, target)
         B = len(embeddings)
         d_student, d_teacher = (distances_between(x, attention_mask) for x in (embeddings, target))
         scale = (d_teacher.sum() / max(1, B * (B - 1))).clamp(min=torch.finfo(torch.float32).tiny)
@@ -173,15 +164,6 @@ def distances_between(embeddings: Tensor, attention_mask: Tensor | None) -> Tens
         embeddings = embeddings * attention_mask[..., None].to(embeddings)
     flat = embeddings.flatten(1)
     return (flat[:, None] - flat[None]).norm(dim=-1)  # at zero its gradient is 0
-
-
-def _check_shapes(prediction: Tensor, target: Tensor) -> None:
-    # Broadcasting would turn a forgotten dimension into a wrong number instead of an error.
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"expected two tensors of one shape, got {tuple(prediction.shape)} and "
-            f"{tuple(target.shape)}"
-        )
 
 
 _OF_EMBEDDINGS = {"embedding": EmbeddingLoss(), "relational": RelationalLoss()}

@@ -26,10 +26,10 @@ from ..slot import TextSlot, compute_dtype, is_modular, stages, uncompiled
 
 # What a pipeline may call for a prediction: Wan 2.2 has two experts, Kandinsky 3 a UNet.
 DENOISERS = ("transformer", "transformer_2", "unet")
-# Set by the library in every call.
+# Set by the library in every call. For several images of a prompt, repeat it with other seeds.
 RESERVED_KWARGS = ("prompt", "generator", "latents", "output_type", "return_dict")
+_RESERVED_SUFFIXES = ("prompt_embeds", "_per_prompt")  # num_images_per_prompt
 _TEXT_ARGUMENT = re.compile(r"(.+_)?prompt(_\d)?")  # negative_prompt_2, prompt_3, content_prompt
-_IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # of every function that it decorates
 
 Path = tuple[Any, ...]  # keys and indices that lead to a tensor, such as ("added_cond_kwargs", "x")
@@ -71,11 +71,6 @@ def encoded_by(student: Callable[..., Any], pipe: Any) -> Encode:
     return lambda _, ids, mask: call_encoder(student, ids, mask).to(dtype)
 
 
-def images_per_prompt(pipeline_kwargs: Mapping[str, Any]) -> int:
-    """The number of consecutive samples of a batch that share one prompt."""
-    return max(int(pipeline_kwargs.get(name) or 1) for name in _IMAGES_PER_PROMPT)
-
-
 def run_pipeline(
     pipe: Any,
     prompts: Sequence[str],
@@ -90,8 +85,21 @@ def run_pipeline(
 ) -> Any:
     """Call `pipe` with `encode` in place of its T5 and `denoise` in place of its denoiser.
 
-    `encode(forward, input_ids, attention_mask)` returns (B, S, D), `denoise(name, forward, kwargs)`
-    what the denoiser would. With `grad`, the autograd graph is kept. The others: see `capture`.
+    Args:
+        pipe: A pipeline with a T5 in its text slot.
+        prompts: The batch, B prompts.
+        pipeline_kwargs: Other arguments of its call.
+        seed: Of all noise: one for the batch, or one for each prompt.
+        encode: Called as `encode(forward, input_ids, attention_mask)`, with T5's own `forward`, ids
+            (B, S) and mask (B, S) or None; returns the embeddings, (B, S, D).
+        denoise: Called as `denoise(name, forward, kwargs)`, with the name of the component and all
+            arguments by name; returns what `forward(**kwargs)` would.
+        zero_pooled: Call the denoiser with zeros for CLIP's `pooled_projections`.
+        grad: Keep the autograd graph.
+        output_type: As the pipeline's own.
+
+    Returns:
+        What the pipeline returns. It is as it was, also after an error.
     """
     encoder = teacher_of(pipe)
     check_pipeline_kwargs(pipe, pipeline_kwargs)
@@ -147,18 +155,14 @@ def run_pipeline(
                 stack.callback(module.set_attn_processor, dict(attention))
             stack.enter_context(intercept(module, partial(denoiser_forward, name)))
         seeds = [seed] if isinstance(seed, int) else seed
-        images = range(images_per_prompt(pipeline_kwargs) if seeds is seed else 1)
-        generators = [torch.Generator().manual_seed(s + i) for s in seeds for i in images]
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
         generator = generators[0] if len(generators) == 1 else generators
         # Some draw beside their generator: ControlNets of SD3 and HunyuanDiT encode images so.
         device = pipe._execution_device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(seeds[0])
-        try:
-            return call(generator=generator, output_type=output_type, **kwargs)
-        except BaseException:
-            pipe.maybe_free_model_hooks()  # as the end of the call, which wasn't reached, does
-            raise
+        stack.callback(pipe.maybe_free_model_hooks)  # which an interrupted call doesn't reach
+        return call(generator=generator, output_type=output_type, **kwargs)
 
 
 def generate(
@@ -176,7 +180,12 @@ def generate(
 def tokenize(
     pipe: Any, prompts: Sequence[str], pipeline_kwargs: Mapping[str, Any]
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Ids (B, S) and mask, or None, of each call of T5 before the denoiser, which may be None."""
+    """Tokenize prompts by the pipeline's own call, which is left at its first denoiser call.
+
+    Returns:
+        Ids (B, S) int64 and mask (B, S), or None, of each call of T5 until then: of the prompts,
+        then of the negative prompts. Some pipelines encode each prompt alone, with B = 1.
+    """
 
     class Reached(Exception):
         pass
@@ -214,7 +223,7 @@ def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None
     parameters = inspect.signature(cls.__call__).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in pipeline_kwargs:
-        if name in RESERVED_KWARGS or name.endswith("prompt_embeds"):
+        if name in RESERVED_KWARGS or name.endswith(_RESERVED_SUFFIXES):
             raise DistillError(
                 f"pipeline_kwargs may not hold {name!r}: the prompts and "
                 f"{', '.join(RESERVED_KWARGS[1:])} are set by distillation itself."
@@ -233,11 +242,9 @@ def check_no_cache(pipe: Any) -> None:
         registries = [getattr(part, "_diffusers_hook", None) for part in denoiser.modules()]
         hooks = {key: h for r in registries if r is not None for key, h in r.hooks.items()}
         if stateful := sorted(key for key, hook in hooks.items() if hook._is_stateful):
-            config = getattr(denoiser, "_cache_config", None)
-            kind = ", ".join(stateful) if config is None else type(config).__name__
             raise DistillError(
-                f"The {name} of this {type(pipe).__name__} has a cache ({kind}): it repeats parts "
-                f"of earlier predictions. Call pipe.{name}.disable_cache() first."
+                f"The {name} of this {type(pipe).__name__} has a cache ({', '.join(stateful)}): it "
+                f"repeats parts of earlier predictions. Call pipe.{name}.disable_cache() first."
             )
 
 
@@ -257,6 +264,26 @@ def intercept(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]
         delattr(module, name)
         if before is not None:
             setattr(module, name, before)
+
+
+@contextmanager
+def autocast_denoisers(pipe: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """Run the denoisers, and nothing else, under autocast to `dtype`, if that isn't None.
+
+    Their output is cast back to their own dtype, or schedulers would pass it on to x_t.
+    """
+
+    def forward(denoiser: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Not `Accelerator.autocast`: accelerate fixes the precision once for a process, and a
+        # notebook that trains a second time with another one would be refused.
+        with torch.autocast(denoiser.device.type, dtype):
+            output = original(*args, **kwargs)
+        return with_first_tensor(output, first_tensor(output).to(denoiser.dtype))
+
+    with ExitStack() as stack:
+        for denoiser in denoisers(pipe).values() if dtype is not None else ():
+            stack.enter_context(intercept(denoiser, partial(forward, denoiser)))
+        yield
 
 
 @contextmanager
@@ -301,28 +328,9 @@ def call_encoder(forward: Callable[..., Any], ids: Tensor, mask: Tensor | None) 
     return forward(ids)[0] if mask is None else forward(ids, attention_mask=mask)[0]
 
 
-def call_denoiser(
-    denoiser: Any, forward: Any, kwargs: dict[str, Any], autocast_dtype: torch.dtype | None
-) -> Any:
-    """`forward(**kwargs)`, under autocast if a dtype is given; output in its own dtype."""
-    if autocast_dtype is None:
-        return forward(**kwargs)
-    # Not `Accelerator.autocast`: accelerate fixes the precision once for a process, and a notebook
-    # that trains a second time with another one would be refused.
-    with torch.autocast(denoiser.device.type, autocast_dtype):
-        output = forward(**kwargs)
-    return with_first_tensor(output, first_tensor(output).to(denoiser.dtype))
-
-
 def first_tensor(output: Any) -> Tensor:
     """The prediction in what a denoiser returned: a tensor, a tuple, or diffusers' output class."""
-    tensor = output if isinstance(output, Tensor) else output[0]
-    if tensor is None:
-        raise DistillError(
-            "the denoiser was called to fill a cache and not for a prediction, as by AnyFlow-FAR "
-            "between the chunks of a video. Make the video in one chunk (chunk_partition)."
-        )
-    return tensor
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def with_first_tensor(output: Any, tensor: Tensor) -> Any:

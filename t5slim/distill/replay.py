@@ -20,7 +20,6 @@ from ..errors import DistillError
 from ..slot import compute_dtype
 from .pipeline import (
     Path,
-    call_denoiser,
     first_tensor,
     map_tensors,
     teacher_of,
@@ -115,7 +114,9 @@ class TrajectoryCall(Call):
 def split_trajectory(trajectory: Trajectory) -> list[Call]:
     """Take a trajectory apart into the samples of its denoiser calls.
 
-    Of a pipeline that isn't a gather: the calls as a whole, each with all prompts.
+    Returns:
+        `Samples` for each call; or, of a pipeline that isn't a gather, `TrajectoryCall`s, each with
+        all prompts.
     """
     try:
         if trajectory.batch_dims is None:
@@ -138,7 +139,11 @@ def split_trajectory(trajectory: Trajectory) -> list[Call]:
 def _split_call(
     call: DenoiserCall, dims: dict[Path, int | None], places: list[int], origin: Tensor
 ) -> Samples:
-    """Take a denoiser call apart; `origin` is that of the trajectory, (T, 2)."""
+    """Take a denoiser call apart; `origin` is that of the trajectory, (T, 2).
+
+    Raises:
+        NotAGather: Its samples don't stand alone.
+    """
     N = len(call.target)
     batch_dims = {path: dim for path, dim in dims.items() if dim is not None}
     if not call.sources.keys() <= batch_dims.keys():
@@ -181,16 +186,13 @@ def collate(picks: Sequence[tuple[Samples, int]]) -> Samples:
     )
 
 
-def predict(
-    pipe: Any, samples: Samples, embeddings: Tensor, autocast_dtype: torch.dtype | None = None
-) -> Tensor:
+def predict(pipe: Any, samples: Samples, embeddings: Tensor) -> Tensor:
     """The denoiser's prediction for `samples`, their text replaced.
 
     Args:
         pipe: The pipeline that the samples were captured from.
         samples: N of them.
         embeddings: (N, S, D), for each sample the student's output for its prompt.
-        autocast_dtype: Run the denoiser under autocast to this dtype.
 
     Returns:
         (N, ...), differentiable in `embeddings`. With the teacher's own embeddings, and all samples
@@ -213,15 +215,13 @@ def predict(
         return value.movedim(0, samples.batch_dims[path])
 
     denoiser = getattr(pipe, samples.denoiser)
-    kwargs = map_tensors(samples.kwargs, argument)
-    return first_tensor(call_denoiser(denoiser, denoiser, kwargs, autocast_dtype))
+    return first_tensor(denoiser(**map_tensors(samples.kwargs, argument)))
 
 
 def predictions(
     pipe: Any,
     calls: Sequence[Call],
     embeddings_of: EmbeddingsOf,
-    autocast_dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
     """The denoiser's predictions at some calls of one trajectory, with other embeddings.
 
@@ -231,7 +231,6 @@ def predictions(
         embeddings_of: Called with prompts by their index in `TeacherEmbeddings`: for each `Samples`
             with those in it, each once; or for all `TrajectoryCall`s, which one run of the pipeline
             serves, with those of each encoder call.
-        autocast_dtype: Run the denoiser under autocast to this dtype.
 
     Yields:
         For each call (N, ...), differentiable in the embeddings if grad is enabled.
@@ -241,21 +240,20 @@ def predictions(
     """
     whole = [call for call in calls if isinstance(call, TrajectoryCall)]
     if whole:
-        yield from _predict_through_pipeline(pipe, whole, embeddings_of, autocast_dtype)
+        yield from _predict_through_pipeline(pipe, whole, embeddings_of)
     for call in calls:
         if isinstance(call, Samples):
             different = tuple(dict.fromkeys(call.prompts))
             embeddings = embeddings_of(different)
             if len(different) < len(call):  # else they are in the order of the samples
                 embeddings = embeddings[[different.index(prompt) for prompt in call.prompts]]
-            yield predict(pipe, call, embeddings, autocast_dtype)
+            yield predict(pipe, call, embeddings)
 
 
 def _predict_through_pipeline(
     pipe: Any,
     calls: Sequence[TrajectoryCall],
     embeddings_of: EmbeddingsOf,
-    autocast_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """The predictions at some calls of one trajectory, by the pipeline's own code.
 
@@ -283,8 +281,7 @@ def _predict_through_pipeline(
                     "from. Check that its scheduler draws its noise from the pipeline's generator."
                 )
         if i in indices:
-            denoiser = getattr(pipe, recorded.denoiser)
-            found.append(first_tensor(call_denoiser(denoiser, forward, kwargs, autocast_dtype)))
+            found.append(first_tensor(forward(**kwargs)))
         return recorded.target.clone()
 
     run_again(pipe, trajectory, encode, predict_or_repeat, grad=grad)

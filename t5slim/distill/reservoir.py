@@ -11,27 +11,19 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from .config import DistillConfig
-from .pipeline import denoisers, tokenize
+from .pipeline import autocast_denoisers, denoisers, tokenize
 from .prompts import Prompts, PromptSource
 from .replay import NO_PROMPT, Call, Samples, collate, split_trajectory
 from .teacher import TeacherEmbeddings
 from .trajectory import capture
 
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompts, by their index in the reservoir's `TeacherEmbeddings`, without a denoiser call."""
-
-    prompts: list[int]
-
-
-Batch = Call | PromptBatch
+# A denoiser call; or only prompts, by their index in the reservoir's `TeacherEmbeddings`.
+Batch = Call | list[int]
 
 
 class TrajectoryReservoir:
@@ -133,7 +125,7 @@ class TrajectoryReservoir:
             picks.append((drawn, source.choice(own)))
         return collate(picks)
 
-    def _read(self, group: list[int]) -> PromptBatch:
+    def _read(self, group: list[int]) -> list[int]:
         """The next prompts, tokenized as the pipeline does it."""
         start = (self._readings - 1) * self._together
         prompts = [self._prompt(start + sample) for sample in group]
@@ -142,7 +134,7 @@ class TrajectoryReservoir:
             indices = [index for ids, mask in calls for index in self.teacher.add(ids, mask)]
             # Negative prompts are encoded after the prompts.
             self._tokenized |= dict(zip(new, indices[: len(new)], strict=True))
-        return PromptBatch([self._tokenized[prompt] for prompt in prompts])
+        return [self._tokenized[prompt] for prompt in prompts]
 
     # --- trajectories ---
 
@@ -154,24 +146,21 @@ class TrajectoryReservoir:
         if self._takes_guidance and config.guidance_scales:
             scales = config.guidance_scales
             kwargs["guidance_scale"] = self._random("guidance", round_).choice(scales)
-        trajectory = capture(
-            self._pipe,
-            [self._prompt(draw) for draw in draws],
-            pipeline_kwargs=kwargs,
-            seed=[self._random("noise", draw).getrandbits(62) for draw in draws],
-            zero_pooled=config.zero_pooled,
-            teacher=self.teacher,
-            autocast_dtype=config.autocast_dtype,
-            layouts=self._layouts,
-        )
+        with autocast_denoisers(self._pipe, config.autocast_dtype):
+            trajectory = capture(
+                self._pipe,
+                [self._prompt(draw) for draw in draws],
+                pipeline_kwargs=kwargs,
+                seed=[self._random("noise", draw).getrandbits(62) for draw in draws],
+                zero_pooled=config.zero_pooled,
+                teacher=self.teacher,
+                layouts=self._layouts,
+            )
         samples = sum(len(call.target) for call in trajectory.denoiser_calls)
         self.teacher_samples += samples * self._processes
-        calls: list[Call] = []
-        for call in split_trajectory(trajectory):
-            kept = call.without(NO_PROMPT)  # samples of a zeroed text have nothing to teach
-            if kept is not None and {*kept.places} == {*call.places}:
-                calls.append(kept)
-        return calls
+        # Samples of a zeroed text have nothing to teach.
+        split = [(call, call.without(NO_PROMPT)) for call in split_trajectory(trajectory)]
+        return [kept for call, kept in split if kept and {*kept.places} == {*call.places}]
 
     # --- prompts ---
 

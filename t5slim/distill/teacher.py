@@ -17,9 +17,8 @@ import hashlib
 import json
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ class TeacherEmbeddings:
     """The prompts that pass through the text slot, each encoded by the teacher only once.
 
     A prompt is what the encoder sees of it, ids and mask: the empty prompt of classifier-free
-    guidance is one entry. Of the embeddings 8 GiB stay, the least recently used make room.
+    guidance is one entry. Of the embeddings 8 GiB stay, the oldest make room.
 
     The embeddings of a prompt depend on nothing but the prompt, bit for bit: neither on its batch
     nor on what was encoded before. So a run that was resumed sees those of one that wasn't.
@@ -71,33 +70,30 @@ class TeacherEmbeddings:
 
     def __init__(self) -> None:
         self.indices: dict[str, int] = {}  # of prompts, by their `prompt_keys`
-        self._ids: list[Tensor] = []
-        self._masks: list[Tensor | None] = []
-        self._embeddings: OrderedDict[int, Tensor] = OrderedDict()
+        self._prompts: list[tuple[Tensor, Tensor | None]] = []  # ids and mask, (S,)
+        self._embeddings: dict[int, Tensor] = {}
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._prompts)
 
     def add(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
         """The index of each prompt of a batch, ids and mask (B, S); a new one gets the next."""
-        ids = input_ids.to("cpu", torch.int32)
-        mask = None if attention_mask is None else attention_mask.to("cpu")
-        keys = prompt_keys(ids, mask)
+        keys = prompt_keys(input_ids, attention_mask)
         for i, key in enumerate(keys):
             if key not in self.indices:
-                self.indices[key] = len(self._ids)
-                self._ids.append(ids[i].clone())
-                self._masks.append(None if mask is None else mask[i].clone())
+                self.indices[key] = len(self)
+                mask = None if attention_mask is None else attention_mask[i].to("cpu", copy=True)
+                self._prompts.append((input_ids[i].to("cpu", torch.int32, copy=True), mask))
         return [self.indices[key] for key in keys]
 
     def add_empty(self, tokenizer: Any, prompts: Sequence[int]) -> int:
         """The index of the empty prompt, padded as those are that are passed by index."""
-        lengths = {len(self._ids[i]) for i in prompts}
+        lengths = {len(self._prompts[i][0]) for i in prompts}
         # If they differ, the pipeline doesn't pad, and its empty prompt is the end alone.
         length = lengths.pop() if len(lengths) == 1 else 1
         tokens = tokenizer([""], padding="max_length", max_length=length, return_tensors="pt")
-        like = self._masks[prompts[0]]
+        _, like = self._prompts[prompts[0]]
         mask = None if like is None else tokens.attention_mask.to(like)
         return self.add(tokens.input_ids, mask)[0]
 
@@ -106,8 +102,8 @@ class TeacherEmbeddings:
 
         Bria encodes each prompt alone, without padding: those are padded here, with a mask.
         """
-        ids = [self._ids[i] for i in indices]
-        masks = [mask for i in indices if (mask := self._masks[i]) is not None]
+        ids = [self._prompts[i][0] for i in indices]
+        masks = [mask for i in indices if (mask := self._prompts[i][1]) is not None]
         if not masks and len(set(map(len, ids))) > 1:
             masks = [torch.ones_like(i) for i in ids]
         padded = pad_sequence(ids, batch_first=True).to(device, torch.int64)
@@ -127,21 +123,20 @@ class TeacherEmbeddings:
         for i, embeddings in self.encode_each(forward, missing, device):
             self._embeddings[i] = embeddings.to("cpu", copy=True)
             self._bytes += embeddings.nbytes
-        for i in indices:
-            self._embeddings.move_to_end(i)
         result = pad_sequence([self._embeddings[i] for i in indices], batch_first=True).to(device)
-        while self._bytes > _MAX_BYTES and len(self._embeddings) > 1:
-            self._bytes -= self._embeddings.popitem(last=False)[1].nbytes
+        while self._bytes > _MAX_BYTES:
+            self._bytes -= self._embeddings.pop(next(iter(self._embeddings))).nbytes
         return result
 
     def encode_each(
         self, forward: Callable[..., Any], indices: Sequence[int], device: torch.device
     ) -> Iterator[tuple[int, Tensor]]:
         """Encode different prompts, by index and not from memory: each index with its (S, D)."""
-        for length in sorted({len(self._ids[i]) for i in indices}):
-            together = [i for i in indices if len(self._ids[i]) == length]
-            encoded = encode_in_batches(forward, *self.tokens(together, device))
-            yield from zip(together, encoded, strict=True)
+        for length in sorted({len(self._prompts[i][0]) for i in indices}):
+            together = [i for i in indices if len(self._prompts[i][0]) == length]
+            for start in range(0, len(together), _BATCH):
+                batch = together[start : start + _BATCH]
+                yield from zip(batch, _encode(forward, *self.tokens(batch, device)), strict=True)
 
 
 def encode_prompts(
@@ -152,29 +147,23 @@ def encode_prompts(
 
 
 @torch.no_grad()
-def encode_in_batches(
-    forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
-) -> Tensor:
-    """The teacher's embeddings, (B, S, D), of each prompt the same, bit for bit, in every batch."""
+def _encode(forward: Callable[..., Any], ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The teacher's embeddings, (B, S, D), of up to `_BATCH` prompts.
+
+    Those of a prompt are the same, bit for bit, in every batch.
+    """
     # Matrix products round by the size of their batch: all have one, the last one is filled up.
-    B = len(input_ids)
-    index = torch.arange(B + -B % _BATCH, device=input_ids.device).clamp(max=B - 1)
-    batches = [
-        call_encoder(forward, input_ids[i], None if attention_mask is None else attention_mask[i])
-        for i in index.split(_BATCH)
-    ]
-    return torch.cat(batches)[:B]
+    index = torch.arange(_BATCH, device=ids.device).clamp(max=len(ids) - 1)
+    return call_encoder(forward, ids[index], None if mask is None else mask[index])[: len(ids)]
 
 
 def prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
     """The SHA-256 of each prompt's ids and mask (B, S), in hex: its name on every machine."""
-    ids = input_ids.to("cpu", torch.int32).numpy()
-    masks = None if attention_mask is None else attention_mask.to("cpu", torch.bool).numpy()
-    contents = [  # no mask is another prompt than a mask of ones
-        row.tobytes() + (b"" if masks is None else b"mask" + masks[i].tobytes())
-        for i, row in enumerate(ids)
-    ]
-    return [hashlib.sha256(content).hexdigest() for content in contents]
+    contents = input_ids.to("cpu", torch.int32)
+    if attention_mask is not None:  # below 0, as no id is: a mask of ones is more than no mask
+        mask = attention_mask.to("cpu", torch.bool)
+        contents = torch.cat([contents, -1 - mask.int()], 1)
+    return [hashlib.sha256(content.tobytes()).hexdigest() for content in contents.numpy()]
 
 
 # --- on disk ---
@@ -209,9 +198,6 @@ class TeacherCache:
                 f"pipeline's. {'; '.join(differences)}. Pass another folder, or load that teacher."
             )
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self.folder.glob("??/*.safetensors"))
-
     def __contains__(self, key: str) -> bool:
         return self._file(key).is_file()
 
@@ -223,13 +209,12 @@ class TeacherCache:
                 embeddings = content.get_tensor("embeddings")
                 if (content.metadata() or {}).get("sha256") == tensor_sha256(embeddings):
                     return embeddings
-            raise SafetensorError("its embeddings have another SHA-256 than was written")
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged (%s): its prompt has to be encoded again.", file, error)
-        with suppress(OSError):  # a folder that is only read; or another process was faster
-            file.unlink()
+        except SafetensorError:
+            pass
+        logger.warning("%s is damaged: its prompt has to be encoded again.", file)
+        file.unlink(missing_ok=True)
         return None
 
     def add(self, key: str, embeddings: Tensor) -> None:
@@ -369,10 +354,9 @@ def cache_teacher(
                 teacher.add_empty(TextSlot(pipe).tokenizer, teacher.add(ids, mask))
                 device = ids.device  # not the encoder's, if that is offloaded
         keys = {index: key for key, index in teacher.indices.items() if key not in cache}
-        for start in tqdm(range(0, len(keys), batch_size), "encode by the teacher"):
-            together = [*keys][start : start + batch_size]
-            for i, embeddings in teacher.encode_each(teacher_of(pipe), together, device):
-                cache.add(keys[i], embeddings)
+        encoded = teacher.encode_each(teacher_of(pipe), [*keys], device)
+        for i, embeddings in tqdm(encoded, "encode by the teacher", total=len(keys)):
+            cache.add(keys[i], embeddings)
     pipe.maybe_free_model_hooks()
     return cache
 

@@ -129,7 +129,7 @@ def train(
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=folder and folder / "logs"),
     )
-    # Precision is the config's: accelerate fixes it once for a process (see `call_denoiser`).
+    # Precision is the config's: accelerate fixes it once for a process (see `autocast_denoisers`).
     accelerator.native_amp, accelerator.scaler = False, None
     main, processes = accelerator.is_main_process, accelerator.num_processes
     facts = report.run_facts(pipe, student, config, kwargs, source, held_out, processes)

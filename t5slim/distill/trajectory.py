@@ -23,11 +23,9 @@ from ..errors import DistillError
 from .pipeline import (
     Encode,
     Path,
-    call_denoiser,
     check_no_cache,
     denoisers,
     first_tensor,
-    images_per_prompt,
     map_tensors,
     run_pipeline,
     tensors_in,
@@ -49,13 +47,21 @@ class NotAGather(DistillError):
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """One call of the denoiser."""
+    """One call of the denoiser.
 
-    denoiser: str  # the component, such as `transformer`
-    kwargs: dict[str, Any]  # every argument; tensors are copies, one if calls share it (the text)
-    output: Any  # what `forward` returned
-    # For each tensor that holds token embeddings of T5: int64 of its shape without the channels,
-    # which of all token embeddings of the trajectory stands there, or -1. Empty without codes.
+    Attributes:
+        denoiser: The component, such as `transformer`.
+        kwargs: Every argument by its name. Tensors are copies; calls that share one, such as the
+            text, share its copy.
+        output: A copy of what `forward` returned.
+        sources: For each tensor that holds token embeddings of T5, by its path: int64 of its shape
+            without the channels, which of all token embeddings of the trajectory stands there, or
+            -1. Empty for a trajectory without codes.
+    """
+
+    denoiser: str
+    kwargs: dict[str, Any]
+    output: Any
     sources: dict[Path, Tensor]
 
     @property
@@ -98,9 +104,8 @@ class Trajectory:
 
     def places(self, call: DenoiserCall) -> list[int]:
         """For each sample of a denoiser call, the place of its prompt in `prompts`."""
-        # The images of a prompt stand together; the branches of guidance follow each other.
-        images = images_per_prompt(self.pipeline_kwargs)
-        return [i // images % len(self.prompts) for i in range(len(call.target))]
+        # The branches of guidance follow each other.
+        return [i % len(self.prompts) for i in range(len(call.target))]
 
 
 def capture(
@@ -111,7 +116,6 @@ def capture(
     seed: int | Sequence[int] = 0,
     zero_pooled: bool = False,
     teacher: TeacherEmbeddings | None = None,
-    autocast_dtype: torch.dtype | None = None,
     decode: bool = False,
     layouts: dict[Any, Any] | None = None,
 ) -> Trajectory:
@@ -121,14 +125,13 @@ def capture(
         pipe: A pipeline with a T5 in its text slot.
         prompts: The batch, B prompts.
         pipeline_kwargs: How to call the pipeline: `height`, `width`, `num_inference_steps`,
-            `guidance_scale`, `max_sequence_length`, ... A `negative_prompt` is one string.
+            `guidance_scale`, `max_sequence_length`, ... A `negative_prompt` is one string. Instead
+            of `num_images_per_prompt`, repeat a prompt.
         seed: Of all noise: one for the batch, or one for each prompt, whose noise then doesn't
             depend on its batch.
         zero_pooled: Replace `pooled_projections` by zeros, where the denoiser takes them (section 4
             of arXiv 2503.19897: T5's embeddings, and not CLIP's vector, must carry the prompt).
         teacher: The embeddings of prompts that were encoded before, to which these are added.
-        autocast_dtype: Run the denoiser, and nothing else, under autocast to this dtype. Its output
-            is cast back, or schedulers would pass the dtype on to x_t.
         decode: Also decode the images.
         layouts: What was found out about earlier trajectories of this pipeline, and is added to.
             For a batch of the same shapes, the guard isn't run again, which costs two runs of the
@@ -146,7 +149,7 @@ def capture(
     layouts = {} if layouts is None else layouts
     request = Trajectory(tuple(prompts), dict(pipeline_kwargs or {}), seed, zero_pooled)
     teacher = TeacherEmbeddings() if teacher is None else teacher
-    record = partial(_record, pipe, request, teacher, autocast_dtype, decode)
+    record = partial(_record, pipe, request, teacher, decode)
     if _FALLBACK not in layouts:
         try:
             trajectory = record(coded=True)
@@ -166,6 +169,9 @@ def run_again(
     """Run a pipeline as in a trajectory, with `predict(i, forward, kwargs)` in denoiser call i.
 
     If that repeats the recorded prediction, this costs the pipeline's own code alone.
+
+    Raises:
+        NotAGather: With these embeddings, it calls its denoisers in another order or number.
     """
     calls = iter(enumerate(trajectory.denoiser_calls))
 
@@ -181,12 +187,7 @@ def run_again(
 
 
 def _record(
-    pipe: Any,
-    request: Trajectory,
-    teacher: TeacherEmbeddings,
-    autocast_dtype: torch.dtype | None,
-    decode: bool,
-    coded: bool,
+    pipe: Any, request: Trajectory, teacher: TeacherEmbeddings, decode: bool, coded: bool
 ) -> Trajectory:
     """Record the requested trajectory, with T5's embeddings coded on their way or not."""
     encoder_calls: list[tuple[int, ...]] = []
@@ -215,15 +216,14 @@ def _record(
         return copies[key][1:]
 
     def record_denoiser(name: str, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        denoiser = getattr(pipe, name)
-        if coded and getattr(denoiser, "attn_processors", None) != attention[name]:
+        if coded and getattr(getattr(pipe, name), "attn_processors", None) != attention[name]:
             # Perturbed-attention guidance: it takes a batch apart, and needs all of it.
             raise NotAGather("it changes its denoiser's attention for the length of a call")
         copied = {path: copy(tensor) for path, tensor in tensors_in(kwargs).items()}
         sources = {path: source for path, (_, source) in copied.items() if source is not None}
         recorded = map_tensors(kwargs, lambda path, _: copied[path][0])
         decoded = map_tensors(kwargs, lambda path, t: copied[path][0] if path in sources else t)
-        output = call_denoiser(denoiser, forward, decoded, autocast_dtype)
+        output = forward(**decoded)
         kept = with_first_tensor(output, first_tensor(output).clone())
         denoiser_calls.append(DenoiserCall(name, recorded, kept, sources))
         return output
@@ -231,10 +231,7 @@ def _record(
     hooks = {"encode": record_encoder, "denoise": record_denoiser}
     output = request.run(pipe, output_type="pil" if decode else "latent", **hooks)
     if not denoiser_calls or not encoder_calls:
-        raise DistillError(
-            f"{type(pipe).__name__} called its T5 {len(encoder_calls)} times and its denoiser "
-            f"{len(denoiser_calls)} times; distillation needs both."
-        )
+        raise DistillError(f"{type(pipe).__name__} didn't call both its T5 and its denoiser.")
     return replace(
         request,
         encoder_calls=tuple(encoder_calls),

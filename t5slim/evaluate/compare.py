@@ -30,7 +30,6 @@ from ..distill.pipeline import (
     encoded_by,
     evaluating,
     generate,
-    images_per_prompt,
     teacher_of,
     tokenize,
 )
@@ -95,8 +94,6 @@ def compare(
         students = replacement
     named, table = check_request(students, prompts, seeds, output_dir)
     check_no_cache(pipe)
-    if images_per_prompt(kwargs) > 1:
-        raise EvaluateError("A prompt is generated once from each seed: pass seeds=(0, 1, ...).")
     texts = list(table["prompt"])
     batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
     distances = DISTANCES if distances is None else distances

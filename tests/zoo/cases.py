@@ -183,7 +183,7 @@ WAN = [
     Case("LucyEditPipeline", {"transformer": {"in_channels": 32}}, VIDEOS),
     Case("ChronoEditPipeline", FROM_IMAGE),
     Case("AnyFlowPipeline", changes={"video": None}),
-    # One chunk; see test_a_cache_between_the_chunks_of_a_video_is_refused.
+    # One chunk: between several, the denoiser is called to fill a cache.
     Case("AnyFlowFARPipeline", changes={"video": None, "chunk_partition": [2]}),
     Case(
         "HeliosPipeline",
