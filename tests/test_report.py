@@ -30,8 +30,8 @@ ALWAYS = {
     "step", "loss", "learning_rate", "skipped", "seconds", "teacher_samples", "student_samples",
 }  # fmt: skip
 MEASURED = {
-    "velocity_gap", "velocity_gap_without_ema", "velocity_gap_first_third",
-    "velocity_gap_middle_third", "velocity_gap_last_third", "embedding_spread",
+    "velocity_gap", "velocity_gap_first_third", "velocity_gap_middle_third",
+    "velocity_gap_last_third", "embedding_spread",
 }  # fmt: skip
 
 
@@ -53,19 +53,15 @@ def test_history_and_trackers(finished: Any) -> None:
     last = result.history[-1]
     assert [entry["step"] for entry in result.history] == [2, 4, 6]
     assert last.keys() == ALWAYS | MEASURED
-    assert last["velocity_gap"] == result.gap != result.gap_without_ema
-    assert last["velocity_gap_without_ema"] == result.gap_without_ema
-    assert last["loss"] == result.loss and last["seconds"] == result.seconds
+    assert (last["velocity_gap"], last["loss"]) == (result.gap, result.loss)
     assert (last["teacher_samples"], last["student_samples"]) == (24, 24)
     lines = (result.output_dir / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.history
     events = EventAccumulator(str(result.output_dir / "logs" / "t5slim"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == (ALWAYS | MEASURED) - {"step"}
-    shown = events.Scalars("velocity_gap")
-    expected = [entry["velocity_gap"] for entry in result.history]
-    assert [event.step for event in shown] == [2, 4, 6]
-    assert [event.value for event in shown] == pytest.approx(expected)
+    shown = [(event.step, event.value) for event in events.Scalars("velocity_gap")]
+    assert shown[-1] == (6, pytest.approx(result.gap))
 
 
 def test_what_is_reported_changes_nothing_that_is_learned(finished: Any) -> None:
@@ -80,11 +76,8 @@ def test_samples_are_the_pipelines_own_images(finished: Any) -> None:
     assert [file.name for file in files] == ["samples-00000004.png", "samples-00000006.png"]
 
     def images() -> list[Image.Image]:
-        found = []
-        for i, prompt in enumerate(PROMPTS[4:]):
-            generator = torch.Generator().manual_seed(5 + i)
-            found += pipe([prompt], generator=generator, **call_kwargs(pipe)).images
-        return found
+        generators = [torch.Generator().manual_seed(5 + i) for i in range(2)]
+        return pipe(PROMPTS[4:], generator=generators, **call_kwargs(pipe)).images
 
     columns = {"teacher": images()}
     patch_pipeline(pipe, result.student, keep_teacher=True)
@@ -109,9 +102,8 @@ def test_folder_and_result(finished: Any) -> None:
     assert_same(weights(SlimT5Encoder.from_pretrained(out)), weights(result.student))
     facts = json.loads((out / "distillation.json").read_text())
     assert facts["identity"]["pipeline_class"] == "FluxPipeline"
-    assert facts["denoiser_dtype"] == "float32"
     assert facts["config"]["max_steps"] == 6 and facts["result"]["gap"] == result.gap
-    for text in (str(round(result.gap, 5)), "gap_without_ema", "student_samples"):
+    for text in (str(round(result.gap, 5)), "student_samples"):
         assert text in str(result)
     assert "SlimT5Encoder" not in repr(result)
     with Image.open(out / "run.png") as plot:
@@ -183,9 +175,8 @@ def test_an_upload_that_fails_keeps_the_student(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     pipe = tiny_flux()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     pipe.transformer.register_forward_hook(lambda *_: monkeypatch.setenv("HF_TOKEN", "hf_wrong"))
     with pytest.raises(HubAccessError, match=r"me/mine.*hf auth login"):
         run(pipe, output_dir=tmp_path / "out", push_to_hub="me/mine")
     SlimT5Encoder.from_pretrained(tmp_path / "out")
-    assert "## Distillation" in (tmp_path / "out" / "README.md").read_text()  # without a plot
+    assert "## Distillation" in (tmp_path / "out" / "README.md").read_text()

@@ -20,7 +20,7 @@ from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
 from zoo.case import image
 
 from t5slim import SlimT5Encoder
-from t5slim.errors import ConfigError, DistillError
+from t5slim.errors import DistillError
 
 STEPS = RESUMED["max_steps"]
 
@@ -200,20 +200,13 @@ def test_another_run_isnt_resumed(changes: dict[str, Any], named: str, whole: Pa
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_damaged_metadata_is_named(tmp_path: Path) -> None:
-    (tmp_path / "distillation.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"distillation\.json isn't valid JSON"):
-        resumable(tmp_path)
-
-
 def test_an_equal_image_is_known_by_its_content(tmp_path: Path) -> None:
-    components = {k: v for k, v in tiny_flux().components.items() if v is not None}
-    pipe = FluxImg2ImgPipeline(**components)
+    pipe = FluxImg2ImgPipeline.from_pipe(tiny_flux())
 
     def start(seed: int) -> Any:
         kwargs = call_kwargs(tiny_flux()) | {"image": image(seed), "strength": 0.8}
-        return resumable(tmp_path, pipe, max_steps=2, eval_every=2, pipeline_kwargs=kwargs)
+        return resumable(tmp_path, pipe, max_steps=2, pipeline_kwargs=kwargs)
 
     assert start(0).steps == start(0).steps == 2
-    with pytest.raises(DistillError, match=r"pipeline_kwargs: then .*image.*RGB"):
+    with pytest.raises(DistillError, match=r"pipeline_kwargs: then .*image"):
         start(1)

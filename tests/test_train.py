@@ -17,6 +17,7 @@ from helpers.training import (
     QUICK,
     assert_same,
     calls_of,
+    history_of,
     losses,
     pipeline_and_kwargs,
     quick,
@@ -74,16 +75,9 @@ def test_only_the_student_is_trained_and_the_pipeline_is_given_back_as_it_was() 
     pipe(PROMPTS[0], **call_kwargs(pipe))  # which leaves attributes of its own
     attributes, student = set(vars(pipe)), tiny_student(pipe)
     untrained, random_state = weights(student), torch.get_rng_state()
-    grads: list[bool] = []
-    pipe.transformer.register_forward_hook(
-        lambda module, *_: grads.append(any(p.requires_grad for p in module.parameters()))
-    )
-
     run(pipe, student, weight_decay=0.0)
-
     trained = student.state_dict()
     assert not [name for name in trained if torch.equal(trained[name], untrained[name])]
-    assert grads and not any(grads)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert set(vars(pipe)) == attributes
     for name, module in modules.items():
@@ -108,20 +102,10 @@ def test_the_seed_decides_and_nothing_that_was_drawn_before() -> None:
 # --- updates -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "schedule, expected",
-    [
-        ("constant", [0, 0.5, 1, 1, 1, 1]),
-        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
-        ("cosine", [0, 0.5, *(0.5 + 0.5 * math.cos(math.pi * i / 4) for i in range(4))]),
-    ],
-)
-def test_learning_rate_warms_up_and_falls(schedule: Any, expected: list[float]) -> None:
-    result = run(
-        tiny_flux(), objective="embedding", max_steps=6, eval_every=1, learning_rate=1.0,
-        lr_schedule=schedule,
-    )  # fmt: skip
-    assert [e["learning_rate"] for e in result.history] == pytest.approx(expected)
+def test_a_constant_learning_rate_warms_up_too() -> None:
+    changes = {"learning_rate": 1.0, "lr_schedule": "constant", "eval_every": 1, "max_steps": 4}
+    result = run(tiny_flux(), objective="embedding", **changes)
+    assert [entry["learning_rate"] for entry in result.history] == [0, 0.5, 1, 1]
 
 
 def test_the_users_optimizer_steps_with_clipped_gradients() -> None:
@@ -135,13 +119,6 @@ def test_the_users_optimizer_steps_with_clipped_gradients() -> None:
     moved = [(p - before[name]).double().square().sum() for name, p in student.named_parameters()]
     assert sum(moved).sqrt().item() == pytest.approx(3e-3, rel=1e-2)  # learning rate times norm
     assert result.history[-1]["learning_rate"] == 30.0
-
-
-def test_the_gap_without_ema_is_that_of_the_last_weights() -> None:
-    changes = {"max_steps": 2, "eval_prompts": PROMPTS[4:]}
-    averaged, last = (run(tiny_flux(), ema_decay=decay, **changes) for decay in (0.9, 0.0))
-    assert averaged.gap_without_ema == pytest.approx(last.gap) != averaged.gap
-    assert last.gap_without_ema == last.gap
 
 
 @pytest.mark.parametrize(
@@ -184,15 +161,12 @@ def test_master_weights_are_float32_under_autocast(
 def test_gradient_checkpointing_learns_the_same() -> None:
     pipe = tiny_flux()
     forwards: list[int] = []
-    block = pipe.transformer.transformer_blocks[0]
-    block.register_forward_pre_hook(lambda *_: forwards.append(1))
-    results, calls = [], []
-    for checkpointing in (False, True):
-        before = len(forwards)
-        results.append(run(pipe, gradient_checkpointing=checkpointing, max_steps=4, eval_every=1))
-        calls.append(len(forwards) - before)
-    assert losses(results[0]) == pytest.approx(losses(results[1]), rel=1e-6)
-    assert calls[1] == calls[0] + 4 and not pipe.transformer.is_gradient_checkpointing
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    plain = run(pipe, max_steps=4, eval_every=1)
+    calls = len(forwards)
+    again = run(pipe, max_steps=4, eval_every=1, gradient_checkpointing=True)
+    assert losses(again) == pytest.approx(losses(plain), rel=1e-6)
+    assert len(forwards) == 2 * calls + 4 and not pipe.transformer.is_gradient_checkpointing
 
 
 def poison(pipe: Any, updates: range) -> None:
@@ -224,7 +198,7 @@ def test_ten_in_a_row_end_the_run_with_the_last_good_weights(tmp_path: Path) -> 
     poison(pipe, range(2, 99))
     with pytest.raises(DistillError, match="10 successive updates, up to number 12, are not"):
         run(pipe, student, output_dir=tmp_path, max_steps=14, eval_every=2)
-    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 5
+    assert len(history_of(tmp_path)) == 5
     assert all(tensor.isfinite().all() for tensor in student.state_dict().values())
     assert not student.training and all(p.requires_grad for p in pipe.transformer.parameters())
     SlimT5Encoder.from_pretrained(tmp_path)
@@ -262,7 +236,6 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"trackers": ("mlflow",)}, "trackers: mlflow; expected .* installed"),
     ({"samples_every": 2}, "samples_every needs eval_prompts.*an output_dir"),
     ({"spoil": lambda pipe, student, out: patch_pipeline(pipe, student)}, "shares its weights"),
-    ({"spoil": lambda pipe, student, out: student.requires_grad_(False)}, "No parameter of the"),
     ({"spoil": lambda pipe, student, out: (out / "config.json").touch()}, "another run or model"),
     ({"spoil": lambda pipe, student, out: setattr(pipe, "text_encoder_2", None)}, "no teacher"),
     ({"spoil": lambda pipe, student, out: pipe.transformer.half()}, "float16"),
@@ -300,13 +273,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 
 @pytest.mark.parametrize(
     "variable, value",
-    [
-        ("MIXED_PRECISION", "bf16"),
-        ("DYNAMO_BACKEND", "INDUCTOR"),
-        ("USE_FSDP", "true"),
-        ("USE_DEEPSPEED", "true"),
-        ("USE_MEGATRON_LM", "true"),
-    ],
+    [("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "INDUCTOR"), ("USE_FSDP", "true")],
 )
 def test_a_launch_with_other_settings_is_refused(
     variable: str, value: str, environment: pytest.MonkeyPatch

@@ -68,7 +68,18 @@ class PipelineArguments:
         return getattr(diffusers, self._read("load_config")["_class_name"])
 
     def load(self, device: torch.device, without: Sequence[str] = ()) -> Any:
-        """Load the pipeline, but for some components, to its device."""
+        """Load the pipeline.
+
+        Args:
+            device: That of the process; the `device` of the file goes before it.
+            without: Components to leave out, which are None then.
+
+        Returns:
+            The pipeline, on its device or with its offload hooks.
+
+        Raises:
+            HubAccessError: A file can't be read.
+        """
         dtypes = self.dtype if isinstance(self.dtype, dict) else {"default": self.dtype}
         kwargs: dict[str, Any] = dict.fromkeys(without)
         if self.quantization is not None:
@@ -143,7 +154,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, st
 
 
 def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
-    """Load, or make, the student that a mapping describes; the seed is that of fresh weights."""
+    """Load, or make, a student.
+
+    Args:
+        source: "from_pretrained", "from_t5" or "preset" with a name, and options of that function.
+        seed: Of fresh weights.
+
+    Raises:
+        ConfigError: Another mapping, or options that no student's config has.
+    """
     torch.manual_seed(seed)
     match source:
         case {"from_pretrained": name, **options}:
@@ -178,7 +197,11 @@ def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
 
 
 def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> str:
-    """Make three updates of the student, and extrapolate to the run."""
+    """Make three updates of the student, and extrapolate to the run.
+
+    Returns:
+        A table of peak memory (GiB), seconds of an update, and the time of the whole run.
+    """
     trial = replace(config, max_steps=3, eval_every=1, samples_every=0, trackers=())
     result = train(pipe, student, run.prompts, trial, pipeline_kwargs=run.pipeline_kwargs)
     # The first update captures trajectories, from whose samples the next ones draw.
@@ -187,11 +210,9 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> s
     share = first["student_samples"] / (config.reuse * (first["teacher_samples"] or math.inf))
     seconds = config.max_steps * (update + share * (first["seconds"] - update))
     peak = result.peak_memory_gib or math.nan  # which a CPU doesn't count
-    size = 4 * sum(p.numel() for p in student.parameters()) * (3 + bool(config.ema_decay))
     return (
         f"peak memory  {peak:.2f} GiB, before the reservoir fills up\n"
         f"update       {update:.3g} s; the first, with trajectories, {first['seconds']:.3g} s\n"
-        f"checkpoint   {size:,} bytes, of which {config.keep_checkpoints} are kept\n"
         f"run          about {timedelta(seconds=round(seconds))}, and evaluations"
     )
 
@@ -217,10 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case dict() | list() | str():
                 run.eval_prompts = load_prompts(run.eval_prompts)
         if run.dry_run:
-            together = config.batch_size * config.gradient_accumulation_steps
-            draws = range(3 * together * accelerator.num_processes)
-            run.prompts = [run.prompts.prompt(index, config.seed) for index in draws]
-            run.eval_prompts = None
+            run.prompts, run.eval_prompts = run.prompts.all()[:64], None  # which repeat
             if run.teacher_cache is not None:
                 run.teacher_cache = stack.enter_context(tempfile.TemporaryDirectory())
 

@@ -14,9 +14,8 @@ import logging
 import math
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +222,7 @@ def interruptible() -> Iterator[list[int]]:
         came.append(number)
         signal.signal(number, before[number])
 
-    if threading.current_thread() is threading.main_thread():
+    with suppress(ValueError):  # in another thread than the main one
         for number in map(int, (signal.SIGINT, signal.SIGTERM)):
             before[number] = signal.signal(number, note)
     try:

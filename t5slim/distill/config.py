@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from ..errors import ConfigError
 
-GUIDANCE_SCALES = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)  # of the paper's training script
 OBJECTIVES = ("velocity", "embedding", "relational")
 _DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of `mixed_precision`
 
@@ -45,7 +45,7 @@ class DistillConfig:
             teacher passes for an update, and less new in it.
         guidance_scales: One is drawn for each batch of trajectories where the denoiser takes
             guidance as an input (FLUX.1-dev); elsewhere, and if empty, the guidance scale of
-            `pipeline_kwargs` holds.
+            `pipeline_kwargs` holds. The default are those of the paper's training script.
         zero_pooled: Zero the pooled CLIP vector in training, where the denoiser takes one, so that
             the student must carry the whole prompt. Evaluations leave it as it is.
         prompt_dropout: This share of the prompts is replaced by the empty one, as the prompt of
@@ -57,9 +57,9 @@ class DistillConfig:
         gradient_checkpointing: Of the denoiser: less memory for a second forward pass.
         eval_every: Updates between two evaluations on `eval_prompts`.
         samples_every: Updates between two image grids, teacher and student side by side, of the
-            first four `eval_prompts`, in `output_dir/samples`; 0: none.
-        trackers: Where the history and the image grids are logged as well, by accelerate's names:
-            "tensorboard" (into `output_dir/logs`), "wandb", ...
+            first four `eval_prompts`, in `output_dir`; 0: none.
+        trackers: Where the history is logged as well, by accelerate's names: "tensorboard" (into
+            `output_dir/logs`), "wandb", ...
         checkpoint_every: Updates between two checkpoints, if there is an `output_dir`.
         keep_checkpoints: How many of them are kept, the newest.
         seed: Of the order of prompts, the noise, dropout, and the draws from the reservoir.
@@ -82,7 +82,7 @@ class DistillConfig:
     max_grad_norm: float = 1.0
     reservoir_size: int = 256
     reuse: float = 1.0
-    guidance_scales: tuple[float, ...] = GUIDANCE_SCALES
+    guidance_scales: tuple[float, ...] = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
     zero_pooled: bool = False
     prompt_dropout: float = 0.05
     ema_decay: float = 0.999
@@ -96,28 +96,38 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("guidance_scales", "trackers"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
+        objective: Any = self.objective
+        if isinstance(objective, str):
+            objective = {objective: 1.0}
+            object.__setattr__(self, "objective", objective)
+        for name in ("guidance_scales", "trackers"):  # of YAML and JSON, lists
+            if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         for names, allowed, expected in _CHECKS:
             for name in names:
                 value = getattr(self, name)
                 if not allowed(value):
                     raise ConfigError(f"{name} is {value!r}; expected {expected}.")
-        if "relational" in self.weights_at(0) and self.batch_size == 1:
+        if "relational" in objective and self.batch_size == 1:
             raise ConfigError(
                 "objective: the relational loss compares the prompts of a batch, and batch_size "
                 "is 1; expected at least 2."
             )
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """The losses that count in update number `step` (from 0), with their weights."""
-        given = {self.objective: 1.0} if isinstance(self.objective, str) else self.objective
-        weights = dict(given)
-        if "velocity" in weights and self.annealing:
+        """The losses that count in an update, after annealing.
+
+        Args:
+            step: Its number, from 0.
+
+        Returns:
+            Their weights by name; none of them is zero.
+        """
+        assert isinstance(self.objective, Mapping)
+        share = 1.0
+        if "velocity" in self.objective and self.annealing:
             share = max(0.0, 1 - step / max(1, round(self.annealing * self.max_steps)))
-            weights = {k: w if k == "velocity" else w * share for k, w in weights.items()}
+        weights = {k: w if k == "velocity" else w * share for k, w in self.objective.items()}
         return {name: weight for name, weight in weights.items() if weight}
 
     @property
@@ -153,45 +163,30 @@ class DistillConfig:
         return cls(**(settings | overrides))
 
 
-def _integer(low: int) -> Callable[[Any], bool]:
-    return lambda v: type(v) is int and low <= v < 2**31
-
-
-def _number(low: float, high: float = math.inf) -> Callable[[Any], bool]:
-    return lambda v: type(v) in (int, float) and low <= v < high
+def _number(low: float, below: float = math.inf, kind: Any = (int, float)) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind) and low <= value < below
 
 
 def _is_objective(value: Any) -> bool:
-    weights = {value: 1.0} if isinstance(value, str) else value
-    return (
-        isinstance(weights, Mapping)
-        and bool(weights)
-        and weights.keys() <= set(OBJECTIVES)
-        and all(map(_POSITIVE, weights.values()))
-    )
+    known = isinstance(value, Mapping) and len(value) > 0 and value.keys() <= {*OBJECTIVES}
+    return known and all(map(_positive, value.values()))
 
 
-_POSITIVE = _number(5e-324)
+_integer = partial(_number, below=2**31, kind=int)
+_positive = _number(math.ulp(0))
 _SCHEDULES = ("cosine", "linear", "constant")
-_AT_LEAST_1 = (
-    "max_steps",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-)
 _CHECKS: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
     (["objective"], _is_objective, f"{', '.join(OBJECTIVES)}, or a mapping of them to weights > 0"),
-    (_AT_LEAST_1, _integer(1), "an integer of at least 1"),
+    (["max_steps", "batch_size", "gradient_accumulation_steps"], _integer(1), "a positive integer"),
+    (["eval_every", "checkpoint_every", "keep_checkpoints"], _integer(1), "a positive integer"),
     (["warmup_steps", "reservoir_size", "samples_every"], _integer(0), "an integer of at least 0"),
     (["seed"], _integer(-(2**31)), "an integer of 32 bits"),
-    (["learning_rate", "max_grad_norm", "reuse"], _POSITIVE, "a number above 0"),
+    (["learning_rate", "max_grad_norm", "reuse"], _positive, "a number above 0"),
     (["weight_decay"], _number(0), "a number of at least 0"),
     (["annealing"], _number(0, 1 + 1e-9), "a number from 0 to 1"),
     (["prompt_dropout", "ema_decay"], _number(0, 1), "a number from 0 to below 1"),
-    (["guidance_scales"], lambda v: type(v) is tuple and all(map(_POSITIVE, v)), "numbers above 0"),
+    (["guidance_scales"], lambda v: type(v) is tuple and all(map(_positive, v)), "numbers above 0"),
+    (["trackers"], lambda v: type(v) is tuple, "names, such as ('wandb',)"),
     (["mixed_precision"], lambda v: v in _DTYPES, f"one of {', '.join(_DTYPES)}"),
     (["lr_schedule"], lambda v: v in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
-    (["trackers"], lambda v: type(v) is tuple, "a tuple of names, such as ('wandb',)"),
 ]

@@ -24,10 +24,9 @@ from ..errors import DistillError
 from ..hub import read_json, write_atomic
 from .config import DistillConfig
 from .metrics import GapReport
-from .pipeline import Encode, denoisers, generate, teacher_of, tensor_sha256
+from .pipeline import denoisers, teacher_of, tensor_sha256
 from .prompts import PromptSource
 
-_THIRDS = ("first", "middle", "last")
 CHECKPOINTS, METADATA, HISTORY = "checkpoints", "distillation.json", "history.jsonl"
 # Settings that don't change the weights that a run comes to, and so may differ when it is resumed.
 # The batch may be cut in other ways, as its product counts.
@@ -40,7 +39,7 @@ _FREE = {
     "batch_size",
     "gradient_accumulation_steps",
 }
-_NOTED_BY_A_SAVE = {"architectures", "dtype", "transformers_version"}  # in the student's config
+_SAVED = {"architectures", "dtype", "transformers_version"}  # what a save adds to a config
 
 
 @dataclass
@@ -59,9 +58,7 @@ class DistillResult:
         student_samples: Samples that it predicted for the student, and went backwards through.
         loss: Mean over the updates since the last entry of `history`.
         gap: The velocity gap on `eval_prompts`; None without.
-        gap_without_ema: The velocity gap of the last weights; None without.
-        peak_memory_gib: The highest use of the main process's device, in GiB; None where it isn't
-            counted (CPU, MPS).
+        peak_memory_gib: The highest use of the main process's GPU, in GiB; None without CUDA.
     """
 
     student: SlimT5Encoder = field(repr=False)
@@ -75,24 +72,31 @@ class DistillResult:
     student_samples: int = 0
     loss: float = math.nan
     gap: float | None = None
-    gap_without_ema: float | None = None
     peak_memory_gib: float | None = None
 
     def numbers(self) -> dict[str, Any]:
-        """The numbers among the attributes, by name."""
+        """The numbers among the attributes, by name; None: not known."""
         left_out = ("student", "output_dir", "report", "history")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def add_history(self, learning_rate: float) -> dict[str, Any]:
-        """Add an entry for an evaluation, after an update with `learning_rate`, and return it."""
+        """Add an entry for an evaluation.
+
+        Args:
+            learning_rate: Of the last update.
+
+        Returns:
+            The entry: `numbers()` and those of `report`, by the names of docs/distill.md, as far as
+            they are known.
+        """
         numbers = self.numbers()
-        entry = {"step": numbers.pop("steps"), "learning_rate": learning_rate, **numbers}
+        entry = {"step": numbers.pop("steps"), "velocity_gap": numbers.pop("gap"), **numbers}
+        entry["learning_rate"] = learning_rate
         if self.report is not None:
-            thirds = zip(_THIRDS, self.report.thirds, strict=True)
-            entry |= {f"gap_{name}_third": gap for name, gap in thirds}
+            thirds = zip(("first", "middle", "last"), self.report.thirds, strict=True)
+            entry |= {f"velocity_gap_{name}_third": gap for name, gap in thirds}
             entry["embedding_spread"] = self.report.spread
-        named = {f"velocity_{k}" if k.startswith("gap") else k: v for k, v in entry.items()}
-        self.history.append({name: value for name, value in named.items() if value is not None})
+        self.history.append({name: value for name, value in entry.items() if value is not None})
         return self.history[-1]
 
     def __str__(self) -> str:
@@ -101,17 +105,14 @@ class DistillResult:
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
-    """The highest use of `device` since `reset_peak_memory`, in GiB; None if it isn't counted."""
-    module = torch.get_device_module(device)
-    counted = hasattr(module, "max_memory_allocated")
-    return module.max_memory_allocated(device) / 2**30 if counted else None
+    """The highest use of a GPU since `reset_peak_memory`, in GiB; None for other devices."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Forget the highest use so far: T5-XXL may have been loaded and freed again."""
-    module = torch.get_device_module(device)
-    if hasattr(module, "reset_peak_memory_stats"):
-        module.reset_peak_memory_stats(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 # --- the identity of a run ---
@@ -136,21 +137,17 @@ def run_facts(
     teacher = teacher_of(pipe)
     denoiser = next(iter(denoisers(pipe).values()), pipe)
     packages = ("torch", "diffusers", "transformers", "accelerate")
+    settings = {f"config.{k}": v for k, v in vars(config).items() if k not in _FREE}
+    shape = {f"student.{k}": v for k, v in student.config.to_diff_dict().items() if k not in _SAVED}
     identity = {
         "pipeline_class": type(pipe).__name__,
-        "pipeline_kwargs": _by_content(dict(pipeline_kwargs)),
+        "pipeline_kwargs": pipeline_kwargs,
         "prompts_per_step": config.batch_size * config.gradient_accumulation_steps * processes,
         "prompts": prompts.facts(),
         "eval_prompts": None if eval_prompts is None else PromptSource(eval_prompts).facts(),
-        **{f"config.{k}": v for k, v in vars(config).items() if k not in _FREE},
-        **{
-            f"student.{k}": v
-            for k, v in student.config.to_diff_dict().items()
-            if k not in _NOTED_BY_A_SAVE
-        },
     }
     facts = {
-        "identity": identity,
+        "identity": identity | settings | shape,
         "pipeline": _named(pipe, denoiser.config.get("_name_or_path")),
         "teacher": _named(teacher, teacher.config.name_or_path),
         "config": vars(config),
@@ -158,7 +155,7 @@ def run_facts(
         "versions": {"t5slim": __version__} | {name: version(name) for name in packages},
         "hardware": f"{processes} x {hardware} ({device.type})",
     }
-    return json.loads(json.dumps(facts, default=str))
+    return json.loads(json.dumps(facts, default=_by_content))
 
 
 def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> None:
@@ -191,17 +188,13 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> No
         )
 
 
-def _by_content(value: Any) -> Any:
-    """Images, tensors and arrays by their type, shape and SHA-256, however they are nested."""
-    if isinstance(value, Mapping):
-        return {str(key): _by_content(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_by_content(one) for one in value]
-    if not isinstance(value, (torch.Tensor, Image.Image, np.ndarray)):
-        return value
-    kind = value.mode if isinstance(value, Image.Image) else value.dtype
-    tensor = value if isinstance(value, torch.Tensor) else torch.tensor(np.asarray(value))
-    return f"{kind} {tuple(tensor.shape)} {tensor_sha256(tensor)}"
+def _by_content(value: Any) -> str:
+    """A tensor, array or image by its SHA-256, dtype and shape; any other object as text."""
+    if isinstance(value, (Image.Image, np.ndarray)):
+        value = torch.tensor(np.asarray(value))
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    return f"{tensor_sha256(value)} {value.dtype} {tuple(value.shape)}"
 
 
 def _named(module: Any, name_or_path: str | os.PathLike[str] | None) -> str:
@@ -235,17 +228,14 @@ def card_notes(facts: Mapping[str, Any], result: DistillResult, images: Sequence
     """
     content = json.dumps({**facts, "result": result.numbers()}, indent=2)
     shown = "\n\n".join(f"![{image}]({image})" for image in images)
+    gap = "not measured" if result.gap is None else f"{result.gap:.4f}"
     return f"""\
 ## Distillation
 
-| | |
-|---|---|
-| pipeline | {facts["pipeline"]} |
-| teacher | {facts["teacher"]} |
-| velocity gap | {"not measured" if result.gap is None else f"{result.gap:.4f}"} |
+Distilled from the {facts["teacher"]} in a {facts["pipeline"]}.
 
-The velocity gap is how far the denoiser's predictions move from those under the teacher, over how
-far they move under an empty prompt: 0 for the teacher, 1 for no prompt at all.
+Velocity gap: {gap}. It is how far the denoiser's predictions move from those under the teacher,
+over how far they move under an empty prompt: 0 for the teacher, 1 for no prompt at all.
 
 {shown}
 
@@ -256,47 +246,26 @@ far they move under an empty prompt: 0 for the teacher, 1 for no prompt at all.
 
 
 def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the gaps and the loss of a run over its updates into a PNG.
+    """Plot the gaps and the loss of a run over its updates.
+
+    Args:
+        history: As in `DistillResult`; at least one entry.
+        path: Of the PNG, 1200 x 450 pixels.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
     from matplotlib.figure import Figure  # type: ignore[import-not-found]
 
-    gaps = ("", "_without_ema", *(f"_{third}_third" for third in _THIRDS))
-    panels = {"velocity gap": [f"velocity_gap{gap}" for gap in gaps], "loss": ["loss"]}
+    steps = [entry["step"] for entry in history]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    for (title, keys), axes in zip(panels.items(), figure.subplots(1, 2), strict=True):
-        for key in keys:
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key, marker=".")
-                axes.legend()
+    for title, axes in zip(("velocity_gap", "loss"), figure.subplots(1, 2), strict=True):
+        for key in (key for key in history[-1] if key.startswith(title)):
+            axes.plot(steps, [entry[key] for entry in history], label=key, marker=".")
         axes.set(title=title, xlabel="updates", yscale="log")
         axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=100)
-
-
-def sample_images(
-    pipe: Any,
-    encode: Encode,
-    prompts: Sequence[str],
-    pipeline_kwargs: Mapping[str, Any],
-    seed: int,
-) -> list[Image.Image]:
-    """Generate an image of each prompt; none where the pipeline makes video or sound.
-
-    Args:
-        pipe: The pipeline.
-        encode: In the place of its T5, as for `run_pipeline`.
-        prompts: Generated one by one, in the memory that one needs.
-        pipeline_kwargs: How to call the pipeline.
-        seed: Of the first prompt's noise; each of the others has the next one.
-    """
-    images: list[Image.Image] = []
-    for i, prompt in enumerate(prompts):
-        images += generate(pipe, [prompt], pipeline_kwargs, [seed + i], encode)[:1]
-    return images
 
 
 def image_grid(

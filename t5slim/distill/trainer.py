@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration  # type: ignore[import-untyped]
 from diffusers.optimization import get_scheduler
 from huggingface_hub import HfApi
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -30,12 +30,14 @@ from .config import DistillConfig
 from .metrics import VelocityGap, check_student
 from .objective import Objective
 from .pipeline import (
+    Encode,
     call_encoder,
     check_no_cache,
     check_pipeline_kwargs,
     denoisers,
     encoded_by,
     frozen,
+    generate,
     is_sharded,
 )
 from .prompts import Prompts, PromptSource, load_prompts
@@ -122,21 +124,17 @@ def train(
         raise DistillError(f"trackers: {missing}; expected some that accelerate finds installed.")
     check_launch(config)
     accelerator = Accelerator(
-        # Not the argument of that name, which the environment overrides.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps
-        ),
-        log_with=list(config.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=folder and folder / "logs"),
+        log_with=list(config.trackers) or None, project_dir=folder and folder / "logs"
     )
-    # Precision is the config's: accelerate fixes it once for a process (see `autocast_denoisers`).
+    # The config's, whatever the environment says; and accelerate fixes the precision once for a
+    # process (see `autocast_denoisers`).
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     accelerator.native_amp, accelerator.scaler = False, None
     main, processes = accelerator.is_main_process, accelerator.num_processes
     facts = report.run_facts(pipe, student, config, kwargs, source, held_out, processes)
-    checkpoint = None
     if folder is not None:
         report.check_output_dir(folder, resume, facts)
-        checkpoint = load_checkpoint(folder / report.CHECKPOINTS) if resume else None
+    checkpoint = load_checkpoint(folder / report.CHECKPOINTS) if folder and resume else None
     if push_to_hub and main:  # rather now than after a week of training
         with hub_errors(f"push_to_hub: {push_to_hub!r}"):
             push_to_hub = HfApi().create_repo(push_to_hub, exist_ok=True).repo_id
@@ -149,6 +147,10 @@ def train(
         # Dropout draws from the global generators: seeded below, and given back as they were.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         interrupted = stack.enter_context(interruptible())
+        adamw = partial(
+            torch.optim.AdamW, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        optim = (optimizer or adamw)([p for p in student.parameters() if p.requires_grad])
         reservoir = TrajectoryReservoir(
             pipe, source, config, pipeline_kwargs=kwargs,
             process=(accelerator.process_index, processes),
@@ -159,15 +161,9 @@ def train(
         if held_out is not None and (main or is_sharded(pipe)):
             measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs)
         sampled = measure.prompts[:4] if measure and config.samples_every else []
-        sample = partial(
-            report.sample_images, pipe, prompts=sampled, pipeline_kwargs=kwargs, seed=config.seed
-        )
+        sample = partial(_sample_images, pipe, sampled, kwargs, config.seed)
         # At once: a device without room for the decoder is noticed now.
         teacher_images = sample(call_encoder)
-        adamw = partial(
-            torch.optim.AdamW, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        optim = (optimizer or adamw)([p for p in student.parameters() if p.requires_grad])
         # The student is on the pipeline's device, which needn't be accelerate's.
         model = accelerator.prepare(student.train(), device_placement=[False])
         state = TrainingState(student, optim, reservoir, config)
@@ -228,24 +224,20 @@ def train(
                 with state.ema_weights():
                     if measure is not None:
                         result.report = measure.report(student)
-                        result.gap = result.gap_without_ema = result.report.gap
+                        result.gap = result.report.gap
                     if folder is not None and not finished:
                         student.save_pretrained(folder)
-                if measure is not None and state.ema:
-                    result.gap_without_ema = measure(student)
                 entry = result.add_history(learning_rate)
                 state.losses.zero_()
                 with _side_job("The trackers' entry"):
                     accelerator.log({k: v for k, v in entry.items() if k != "step"}, result.steps)
                 if folder is not None:
                     report.write_run(folder, facts, result)
-                bar.set_postfix({k: entry[k] for k in ("loss", "velocity_gap") if k in entry})
+                bar.set_postfix(loss=result.loss, velocity_gap=result.gap)
             if teacher_images and (finished or result.steps % config.samples_every == 0):
                 with _side_job("The image grid"), state.ema_weights():
-                    images = {
-                        "teacher": teacher_images,
-                        "student": sample(encoded_by(student, pipe)),
-                    }
+                    student_images = sample(encoded_by(student, pipe))
+                    images = {"teacher": teacher_images, "student": student_images}
                     if folder is not None:
                         grid = report.image_grid(sampled, images)
                         grid.save(folder / f"samples-{result.steps:08d}.png")
@@ -273,15 +265,12 @@ def _check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:
     """Refuse a student that can't learn, or can't from this pipeline."""
     if not isinstance(student, SlimT5Encoder):
         raise DistillError(
-            f"student is a {type(student).__name__}; expected a SlimT5Encoder: of a small T5, by "
-            "SlimT5Encoder.from_t5; compiled, by student.compile(); with a LoRA, by "
-            "peft.inject_adapter_in_model(config, student). For several students or pipelines, see "
-            "examples/series and examples/joint."
+            f"student is a {type(student).__name__}; expected a SlimT5Encoder, compiled in place "
+            "or with a LoRA by peft.inject_adapter_in_model. For several students or pipelines, "
+            "see examples/series and examples/joint."
         )
     check_student(pipe, student)
     check_no_cache(pipe)
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise DistillError("No parameter of the student requires a gradient: it can't learn.")
     dtypes = {denoiser.dtype for denoiser in denoisers(pipe).values()}
     called = "velocity" in config.weights_at(0)
     if called and torch.float16 in dtypes and config.mixed_precision != "fp16":
@@ -317,6 +306,16 @@ def check_launch(config: DistillConfig) -> None:
 
 
 # --- during a run ---
+
+
+def _sample_images(
+    pipe: Any, prompts: list[str], pipeline_kwargs: dict[str, Any], seed: int, encode: Encode
+) -> list[Image.Image]:
+    """An image of each prompt, from successive seeds; none of video."""
+    images: list[Image.Image] = []
+    for i, prompt in enumerate(prompts):  # one by one, in the memory that one needs
+        images += generate(pipe, [prompt], pipeline_kwargs, [seed + i], encode)
+    return images
 
 
 @contextmanager
