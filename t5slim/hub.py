@@ -22,25 +22,16 @@ if TYPE_CHECKING:
 
 # Arguments that say where files are.
 _ACCESS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
-_LOGIN = "log in with `hf auth login`, or pass `token=`"
-_NO_FOLDER = "{what!r} is neither a folder on this machine nor "
-_NOT_CACHED = (
-    "{what!r} isn't in the cache, or not all of it, and {page} cannot be reached, or offline mode "
-    "(`local_files_only`, HF_HUB_OFFLINE) forbids a download. Run `hf download {what}` where there "
-    "is a network, or pass the path of a folder."
+# The first that fits an error, or one behind it: "not in the cache" may hide a 429 or 503. Their
+# messages say what to do: log in, ask for access, go online.
+_FAILURES = (
+    errors.HFValidationError,
+    errors.HfHubHTTPError,
+    errors.LocalEntryNotFoundError,
+    errors.OfflineModeIsEnabled,
+    errors.HTTPError,
+    OSError,
 )
-# The first that fits an error, or one behind it: "not in the cache" may hide a 429 or 503.
-_ADVICE: dict[type[Exception], str] = {
-    errors.HFValidationError: _NO_FOLDER + "a Hub id ('owner/name').",
-    errors.GatedRepoError: "{what!r} is gated: ask for access at {page}, then " + _LOGIN + ".",
-    errors.RepositoryNotFoundError: _NO_FOLDER + "found at {page}; if it is private, " + _LOGIN,
-    errors.RevisionNotFoundError: "{what!r} has no such revision: see {page} for those it has.",
-    errors.HfHubHTTPError: "The Hub doesn't serve {what!r}: try later, or " + _LOGIN + ". {error}",
-    errors.LocalEntryNotFoundError: _NOT_CACHED,
-    errors.OfflineModeIsEnabled: _NOT_CACHED,
-    errors.HTTPError: "Can't access {what!r}: {error}",
-    OSError: "Can't access {what!r}: {error}",
-}
 
 
 @contextmanager
@@ -57,11 +48,12 @@ def hub_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         causes = list(_chain(error))
-        page = f"{constants.ENDPOINT}/{what}"
-        for kind, advice in _ADVICE.items():
+        for kind in _FAILURES:
             if found := [cause for cause in causes if isinstance(cause, kind)]:
-                message = advice.format(what=what, page=page, error=found[0])
-                raise HubAccessError(message) from error
+                raise HubAccessError(
+                    f"Can't access {what!r}, neither as a folder on this machine nor at "
+                    f"{constants.ENDPOINT}: {found[0]}"
+                ) from error
         raise
 
 

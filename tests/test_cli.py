@@ -86,7 +86,7 @@ def test_values_mean_what_they_say(file: str) -> None:
         ("--eval_prompts='{held_out: 0.1, number: 3}'", "number"),
         ("--student.d_modle=8", "a student's config has no d_modle"),
         ("--student='{size: small}'", "'size': 'small'.; expected from_pretrained, from_t5 or"),
-        ("--student='{from_pretrained: nobody/nothing}'", "'nobody/nothing' is neither"),
+        ("--student='{from_pretrained: nobody/nothing}'", "'nobody/nothing', neither"),
         ("--pipeline=nobody/nothing", "HubAccessError: .*'nobody/nothing'"),
     ],
 )

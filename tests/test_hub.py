@@ -55,12 +55,17 @@ def test_load(published, name, kwargs, student):
 @pytest.mark.parametrize(
     ("name", "kwargs", "error", "message"),
     [
-        ("me/stduent", {}, HubAccessError, r"'me/stduent' is neither a folder.* nor found at"),
-        ("me/student", {"revision": "v9"}, HubAccessError, "'me/student' has no such revision"),
-        ("./not/a/folder", {}, HubAccessError, "neither a folder on this machine nor a Hub id"),
+        ("me/stduent", {}, HubAccessError, "'me/stduent', neither as a folder .*nor at http://"),
+        ("me/student", {"revision": "v9"}, HubAccessError, "(?s)'me/student'.*Revision Not Found"),
+        ("./not/a/folder", {}, HubAccessError, "neither as a folder .*Repo id"),
         ("me/student", {"subfolder": "large"}, CheckpointError, "'me/student/large' holds no conf"),
-        ("me/gated", {}, HubAccessError, "is gated: ask for access"),
-        ("me/private", {}, HubAccessError, "if it is private, .*token="),
+        ("me/gated", {}, HubAccessError, "(?s)Cannot access gated repo"),
+        (
+            "me/private",
+            {},
+            HubAccessError,
+            "private or gated repo, make sure you",
+        ),
     ],
 )
 def test_not_there(published, name, kwargs, error, message):
@@ -70,7 +75,7 @@ def test_not_there(published, name, kwargs, error, message):
 
 def test_requests(hub, published, tmp_path):
     """One per load of what is cached; none offline, even if something is missing."""
-    with pytest.raises(HubAccessError, match=r"isn't in the cache.*local_files_only"):
+    with pytest.raises(HubAccessError, match="outgoing traffic has been disabled"):
         load("me/student", local_files_only=True)
     assert hub.requests == []
     load("me/student")
@@ -106,7 +111,7 @@ def test_a_hub_that_refuses_or_is_down(hub, no_waiting, access, status):
     if status is None:
         hub.shutdown()
         hub.server_close()
-    with pytest.raises(HubAccessError, match=f"try later, or .*{status}" if status else "me/stud"):
+    with pytest.raises(HubAccessError, match=f"me/student.*{status or ''}"):
         access()
 
 

@@ -348,7 +348,7 @@ def test_t5_is_not_downloaded(hub, folders):
 
     hub.requests.clear()
     patch_pipeline(FluxPipeline, "me/flux", student="me/student", local_files_only=True)
-    with pytest.raises(HubAccessError, match=r"me/other.*offline mode"):
+    with pytest.raises(HubAccessError, match=r"me/other.*outgoing traffic has been disabled"):
         patch_pipeline(FluxPipeline, "me/flux", student="me/other", local_files_only=True)
     assert hub.requests == []
 

@@ -161,8 +161,11 @@ def run_pipeline(
         device = pipe._execution_device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(seeds[0])
-        stack.callback(pipe.maybe_free_model_hooks)  # which an interrupted call doesn't reach
-        return call(generator=generator, output_type=output_type, **kwargs)
+        try:
+            return call(generator=generator, output_type=output_type, **kwargs)
+        except BaseException:
+            pipe.maybe_free_model_hooks()  # as the end of the call, which wasn't reached, does
+            raise
 
 
 def generate(

@@ -66,10 +66,13 @@ class TeacherEmbeddings:
 
     The embeddings of a prompt depend on nothing but the prompt, bit for bit: neither on its batch
     nor on what was encoded before. So a run that was resumed sees those of one that wasn't.
+
+    Attributes:
+        indices: Of all prompts so far, by their `prompt_keys`.
     """
 
     def __init__(self) -> None:
-        self.indices: dict[str, int] = {}  # of prompts, by their `prompt_keys`
+        self.indices: dict[str, int] = {}
         self._prompts: list[tuple[Tensor, Tensor | None]] = []  # ids and mask, (S,)
         self._embeddings: dict[int, Tensor] = {}
         self._bytes = 0
