@@ -185,6 +185,7 @@ class SlimT5Encoder(T5PreTrainedModel):
 
     config_class = SlimT5Config
     config: SlimT5Config
+    base_model_prefix = "encoder"  # which has the token embedding
 
     def __init__(self, config: SlimT5Config) -> None:
         super().__init__(config)
@@ -196,14 +197,6 @@ class SlimT5Encoder(T5PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: encoder and adapter draw theirs as they are made; T5's rule has std 1."""
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding, (vocab_size, d_model)."""
-        return self.encoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.encoder.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(

@@ -48,12 +48,12 @@ class DistillError(T5SlimError, ValueError):
 
 
 @contextmanager
-def exit_on_error(stopped: str = "Stopped.") -> Iterator[None]:
-    """End a command without a traceback, at an error of t5slim or (with `stopped`) at Ctrl-C."""
+def exit_on_error() -> Iterator[None]:
+    """End a command without a traceback, at an error of t5slim or at Ctrl-C."""
     try:
         yield
     except T5SlimError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt as interrupt:
-        sys.stderr.write(f"{str(interrupt) or stopped}\n")
+        sys.stderr.write(f"{str(interrupt) or 'Stopped.'}\n")
         sys.exit(130)

@@ -63,7 +63,7 @@ def test_a_compiled_student(how, patched_latents):
     old, teacher = generate(pipe), pipe.text_encoder_2
     if how == "before":
         student = torch.compile(student, backend="eager")
-        with pytest.raises(DistillError, match=r"is a OptimizedModule.*student\.compile\(\)"):
+        with pytest.raises(DistillError, match="is a OptimizedModule.*compiled in place"):
             train(pipe, student, PROMPTS)
     patch_pipeline(pipe, student, keep_teacher=True)
     assert pipe.config["text_encoder_2"] == ("t5slim.encoder", "SlimT5Encoder")
@@ -209,8 +209,6 @@ def test_modular_pipeline_without_t5(flux_folder):
     pipe.load_components(names=[n for n in pipe.component_names if n != "text_encoder_2"])
     patch_pipeline(pipe, flux_student())
     assert generate_modular(pipe).isfinite().all()
-    assert unpatch_pipeline(pipe).text_encoder_2 is None
-    patch_pipeline(pipe, flux_student())
     pipe.update_components(text_encoder_2=None)  # the next student, as the error says
     patch_pipeline(pipe, flux_student())
 

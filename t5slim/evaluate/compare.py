@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 from ..distill.metrics import VelocityGap, check_student
 from ..distill.pipeline import (
     call_encoder,
-    check_no_cache,
     encoded_by,
     evaluating,
     generate,
@@ -83,8 +82,9 @@ def compare(
         The `Comparison`. The pipeline and the students are as they were, also after an error.
 
     Raises:
-        EvaluateError: No students, prompts or seeds, or two of one name; a judge or distance that
-            returns no number, or uses another measure's name.
+        EvaluateError: No students, prompts or seeds, or two of one name; or a judge or distance
+            that uses another measure's name.
+        TypeError, ValueError: A judge or distance returns no number.
         NoT5SlotError, PatchError: The pipeline has no T5, or it wasn't kept.
         IncompatibleStudentError: A student has another vocabulary, or another output width.
         DistillError: As for `velocity_gap`; or the pipeline generates no images.
@@ -93,7 +93,6 @@ def compare(
     if students is None and is_student(replacement):
         students = replacement
     named, table = check_request(students, prompts, seeds, output_dir)
-    check_no_cache(pipe)
     texts = list(table["prompt"])
     batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
     distances = DISTANCES if distances is None else distances
@@ -225,30 +224,23 @@ def _measures(
     judge: Judge | None,
 ) -> dict[str, float]:
     """Distances to the teacher's image (NaN, if there is none) and scores of the judge, by name."""
-    values = {
+    measures = {
         name: math.nan if other is None else distance(image, other)
         for name, distance in distances.items()
     }
-    scores = {} if judge is None else judge(image, text)
-    try:
-        measures = {name: float(value) for name, value in (values | dict(scores)).items()}
-    except (TypeError, ValueError) as error:
-        raise EvaluateError(
-            f"The distances are {values}, the judge returned {scores!r}; expected numbers by name."
-        ) from error
-    if taken := values.keys() & dict(scores) | _RESERVED & measures.keys():
+    scores = {} if judge is None else dict(judge(image, text))
+    if taken := measures.keys() & scores | _RESERVED & {*measures, *scores}:
         raise EvaluateError(f"{min(taken)!r} is the name of another measure. Pick another.")
-    return measures
+    return {name: float(value) for name, value in (measures | scores).items()}
+
+
+# (1, 3, H, W) from 0 to 1
+_to_tensor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True).preprocess
 
 
 def _distance(metric: Callable[..., Any]) -> Distance:
     """A metric of tensors as a distance of images."""
-
-    def pixels(image: Image.Image) -> Tensor:  # (1, 3, H, W) from 0 to 1
-        array: Any = VaeImageProcessor.pil_to_numpy(image.convert("RGB"))
-        return VaeImageProcessor.numpy_to_pt(array)
-
-    return lambda image, other: metric(pixels(image), pixels(other), data_range=1.0).item()
+    return lambda image, other: metric(_to_tensor(image), _to_tensor(other), data_range=1.0).item()
 
 
 DISTANCES = {

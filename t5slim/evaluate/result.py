@@ -99,8 +99,7 @@ class Comparison:
 
     def _cells(self) -> pd.DataFrame:
         """Mean ± spread as text, like `means`."""
-        by_prompt = self.means("prompt").replace([math.inf, -math.inf], math.nan)
-        spreads = by_prompt.groupby("encoder", sort=False).std()
+        spreads = self.means("prompt").groupby("encoder", sort=False).std()
         spreads = spreads.map(lambda spread: "" if math.isnan(spread) else f" ±{spread:.2g}")
         return self.means().map(_number) + spreads
 
