@@ -16,7 +16,7 @@ class T5SlimError(Exception):
 
 
 class ConfigError(T5SlimError, ValueError):
-    """A configuration has an unknown key, or a value that is out of range."""
+    """Settings, of a student or a comparison, have an unknown key or a value out of range."""
 
 
 class CheckpointError(T5SlimError, ValueError):
@@ -37,10 +37,6 @@ class IncompatibleStudentError(T5SlimError, ValueError):
 
 class PatchError(T5SlimError, ValueError):
     """The pipeline can't be patched, or unpatched, in its present state."""
-
-
-class EvaluateError(T5SlimError, ValueError):
-    """A comparison can't be made with these arguments."""
 
 
 class DistillError(T5SlimError, ValueError):

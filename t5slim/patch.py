@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
@@ -16,7 +16,6 @@ from .errors import IncompatibleStudentError, PatchError
 from .slot import TextSlot, check_device_map, compute_dtype, is_student
 
 Student = nn.Module | str | os.PathLike[str]
-PipelineT = TypeVar("PipelineT")
 
 # Published for FLUX.1-dev by Wang et al.: T5-base, the default, and T5-small. The authors state
 # no licence, and FLUX.1-dev is non-commercial.
@@ -86,7 +85,7 @@ def patch_pipeline(
     )
 
 
-def unpatch_pipeline(pipe: PipelineT, teacher: nn.Module | None = None) -> PipelineT:
+def unpatch_pipeline(pipe: Any, teacher: nn.Module | None = None) -> Any:
     """Undo `patch_pipeline`: put the T5 back, on the device and in the dtype of the pipeline.
 
     With the T5 that was in it, its images are bitwise the old ones.

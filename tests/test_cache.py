@@ -78,7 +78,7 @@ def test_a_prompt_is_encoded_once(name: str, tmp_path: Path) -> None:
     teacher, encoded = TeacherEmbeddings(), batches_of(teacher_of(pipe).encoder)
     embeddings = teacher.encode(teacher_of(pipe), ids, mask)
     assert torch.equal(teacher.encode(teacher_of(pipe), ids, mask), embeddings)  # from memory
-    assert encoded == [8] and len(teacher) == len(PROMPTS)  # one batch, filled up
+    assert encoded == [8] and len(teacher.indices) == len(PROMPTS)  # one batch, filled up
     with torch.no_grad():
         torch.testing.assert_close(embeddings, teacher_of(pipe)(ids, mask)[0])
     with cached_teacher(pipe, TeacherCache(tmp_path)):

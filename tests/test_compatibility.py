@@ -63,7 +63,7 @@ def test_a_compiled_student(how, patched_latents):
     old, teacher = generate(pipe), pipe.text_encoder_2
     if how == "before":
         student = torch.compile(student, backend="eager")
-        with pytest.raises(DistillError, match="is a OptimizedModule.*compiled in place"):
+        with pytest.raises(DistillError, match=r"is a OptimizedModule.*compiled in place"):
             train(pipe, student, PROMPTS)
     patch_pipeline(pipe, student, keep_teacher=True)
     assert pipe.config["text_encoder_2"] == ("t5slim.encoder", "SlimT5Encoder")

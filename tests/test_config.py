@@ -19,7 +19,6 @@ from t5slim.errors import ConfigError
         {"mixed_precision": "fp8"},
         {"objective": "images"},
         {"objective": {"velocity": 0}},
-        {"objective": {"relational": 1}, "batch_size": 1},
         {"annealing": 1.5},
         {"seed": 2**31},
     ],

@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 
 from t5slim.distill import generate_prompts, split_held_out
-from t5slim.distill.prompts import PromptSource, hash_position, load_prompts
+from t5slim.distill.prompts import PromptSource, hash_position
 from t5slim.errors import DistillError, HubAccessError
 
 PROMPTS = ["a red circle", 'a sign: "hi", in rain', "ein Bär 🐻", "猫", "a\x0cform\u2028feed"]
+
+
+def load_prompts(prompts):
+    return PromptSource(prompts).all()
 
 
 def draw(prompts: Any, count: int, seed: int = 0, start: int = 0) -> list[str]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks f
 from transformers.modeling_outputs import BaseModelOutput
 
 from t5slim.distill.pipeline import check_pipeline_kwargs, frozen, teacher_of, tokenize
-from t5slim.distill.prompts import load_prompts
+from t5slim.distill.prompts import PromptSource
 from t5slim.distill.teacher import TeacherEmbeddings
 from t5slim.slot import TextSlot
 
@@ -168,21 +168,21 @@ class ContextlessEncoder(PreTrainedModel):
             NoT5SlotError: The pipeline has no T5.
             DistillError: There are no prompts; or the pipeline doesn't take `pipeline_kwargs`.
         """
-        texts, kwargs = [*load_prompts(prompts), ""], dict(pipeline_kwargs or {})
+        texts, kwargs = [*PromptSource(prompts).all(), ""], dict(pipeline_kwargs or {})
         check_pipeline_kwargs(pipe, kwargs)
         teacher, embeddings = teacher_of(pipe), TeacherEmbeddings()
         with frozen(pipe, gradient_checkpointing=False):
             for start in tqdm(range(0, len(texts), _BATCH), "encode", unit="batch"):
                 for tokens in tokenize(pipe, texts[start : start + _BATCH], kwargs):
                     embeddings.add(*tokens)
-            ids, _ = embeddings.tokens(range(len(embeddings)), torch.device("cpu"))
+            ids, _ = embeddings.tokens(range(len(embeddings.indices)), torch.device("cpu"))
             encoder: Any = cls._empty(ids.tolist(), TextSlot(pipe))
             encoder.to(pipe._execution_device)
             sums = torch.zeros_like(encoder.entries.weight)
             of_positions = torch.zeros_like(encoder.positions.weight)
             counts = sums.new_zeros(len(sums), len(of_positions))
-            for start in range(0, len(embeddings), _BATCH):
-                indices = range(start, min(start + _BATCH, len(embeddings)))
+            for start in range(0, len(embeddings.indices), _BATCH):
+                indices = range(start, min(start + _BATCH, len(embeddings.indices)))
                 entries = encoder.entries_of(embeddings.tokens(indices, sums.device)[0])
                 encoded = embeddings.get(teacher, indices, sums.device).to(sums)
                 sums.index_add_(0, entries.flatten(), encoded.flatten(0, 1))

@@ -29,7 +29,7 @@ from ..hub import hub_errors
 from ..slot import TextSlot
 from .config import DistillConfig
 from .pipeline import DENOISERS, check_pipeline_kwargs
-from .prompts import PromptSource, load_prompts, split_held_out
+from .prompts import PromptSource, split_held_out
 from .report import METADATA, check_output_dir
 from .teacher import cache_teacher, cached_teacher
 from .trainer import check_launch, train
@@ -76,9 +76,6 @@ class PipelineArguments:
 
         Returns:
             The pipeline, on its device or with its offload hooks.
-
-        Raises:
-            HubAccessError: A file can't be read.
         """
         dtypes = self.dtype if isinstance(self.dtype, dict) else {"default": self.dtype}
         kwargs: dict[str, Any] = dict.fromkeys(without)
@@ -154,15 +151,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, st
 
 
 def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
-    """Load, or make, a student.
-
-    Args:
-        source: "from_pretrained", "from_t5" or "preset" with a name, and options of that function.
-        seed: Of fresh weights.
-
-    Raises:
-        ConfigError: Another mapping, or options that no student's config has.
-    """
+    """Load, or make, the student that a mapping describes; the seed is that of fresh weights."""
     torch.manual_seed(seed)
     match source:
         case {"from_pretrained": name, **options}:
@@ -179,7 +168,7 @@ def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
     cls, device = run.pipeline.cls, accelerator.device
     t5 = TextSlot(cls).name
     others = [name for name in (*DENOISERS, "vae") if name in inspect.signature(cls).parameters]
-    prompts = load_prompts(run.prompts) + (run.eval_prompts or [])
+    prompts = run.prompts.all() + (run.eval_prompts or [])
     if not run.dry_run:  # in which each process has a folder of its own
         prompts = prompts[accelerator.process_index :: accelerator.num_processes] or [""]
 
@@ -197,11 +186,7 @@ def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
 
 
 def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> str:
-    """Make three updates of the student, and extrapolate to the run.
-
-    Returns:
-        A table of peak memory (GiB), seconds of an update, and the time of the whole run.
-    """
+    """Make three updates of the student, and extrapolate to the run."""
     trial = replace(config, max_steps=3, eval_every=1, samples_every=0, trackers=())
     result = train(pipe, student, run.prompts, trial, pipeline_kwargs=run.pipeline_kwargs)
     # The first update captures trajectories, from whose samples the next ones draw.
@@ -236,9 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 count = run.eval_prompts.get("count", 64)
                 run.prompts, run.eval_prompts = split_held_out(run.prompts, share, count)
             case dict() | list() | str():
-                run.eval_prompts = load_prompts(run.eval_prompts)
+                run.eval_prompts = PromptSource(run.eval_prompts).all()
         if run.dry_run:
-            run.prompts, run.eval_prompts = run.prompts.all()[:64], None  # which repeat
+            run.prompts, run.eval_prompts = PromptSource(run.prompts.all()[:64]), None
             if run.teacher_cache is not None:
                 run.teacher_cache = stack.enter_context(tempfile.TemporaryDirectory())
 
@@ -254,8 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "run.yaml").write_text(text, encoding="utf-8")
             names = ("pipeline_kwargs", "eval_prompts", "output_dir", "resume", "push_to_hub")
-            options = {name: run[name] for name in names}
-            outcome = train(pipe, student, run.prompts, config, **options)
+            outcome = train(pipe, student, run.prompts, config, **{n: run[n] for n in names})
         if accelerator.is_main_process:
             print(outcome)
 

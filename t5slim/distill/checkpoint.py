@@ -81,16 +81,9 @@ class TrainingState:
         self.losses += torch.stack([torch.where(finite, loss, 0), finite.float()])
 
     def update(self, norm: Tensor) -> bool:
-        """Update the weights and their EMA, unless a gradient isn't finite.
+        """Update the weights and their EMA, unless the norm () of all gradients isn't finite.
 
-        Args:
-            norm: (), of all gradients, unscaled.
-
-        Returns:
-            Whether it was finite.
-
-        Raises:
-            DistillError: It wasn't, ten times in succession.
+        Returns whether it was; raises a DistillError if it wasn't, ten times in succession.
         """
         finite = math.isfinite(norm)
         if finite:

@@ -21,10 +21,10 @@ class DistillConfig:
     """Settings of `train`; every default is meant to be used as it is.
 
     Attributes:
-        objective: The losses: "velocity" compares the denoiser's predictions (`VelocityLoss`),
-            "embedding" the token embeddings (`EmbeddingLoss`), without any denoiser pass, and
-            "relational" the distances between the prompts of a batch (`RelationalLoss`). A name,
-            or a weighted sum such as `{"velocity": 1, "embedding": 10}`.
+        objective: The losses: "velocity" compares the denoiser's predictions (`velocity_loss`),
+            "embedding" the token embeddings (`embedding_loss`), without any denoiser pass, and
+            "relational" the distances between the prompts of a batch of two or more
+            (`relational_loss`). A name, or a weighted sum: `{"velocity": 1, "embedding": 10}`.
         annealing: Share of `max_steps` over which the weights of "embedding" and "relational" fall
             linearly to zero beside "velocity"; 0: they are constant. By default training begins
             with embedding matching, annealed to zero: from a random start, velocity alone finds no
@@ -108,11 +108,6 @@ class DistillConfig:
                 value = getattr(self, name)
                 if not allowed(value):
                     raise ConfigError(f"{name} is {value!r}; expected {expected}.")
-        if "relational" in objective and self.batch_size == 1:
-            raise ConfigError(
-                "objective: the relational loss compares the prompts of a batch, and batch_size "
-                "is 1; expected at least 2."
-            )
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The losses that count in an update, after annealing.

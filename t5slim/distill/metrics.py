@@ -17,9 +17,9 @@ from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from ..patch import check_fit
 from ..slot import TextSlot
-from .objective import VelocityLoss
+from .objective import velocity_loss
 from .pipeline import evaluating, teacher_of
-from .prompts import Prompts, load_prompts
+from .prompts import Prompts, PromptSource
 from .replay import NO_PROMPT, Call, EmbeddingsOf, predictions, split_trajectory
 from .teacher import TeacherEmbeddings, encode_prompts
 from .trajectory import Trajectory, capture
@@ -156,7 +156,7 @@ class VelocityGap:
         batch_size: int = 16,
         decode: bool = False,
     ) -> None:
-        self.prompts = load_prompts(prompts)
+        self.prompts = PromptSource(prompts).all()
         self.images: list[Image.Image] = []
         self._pipe = pipe
         self._device = torch.device(pipe._execution_device)
@@ -207,7 +207,7 @@ class VelocityGap:
         for batch in self._batches:
             found = self._predictions(batch, embeddings_of)
             for (i, call), prediction in zip(batch.calls.items(), found, strict=True):
-                losses = VelocityLoss()(prediction, call.target).to("cpu", torch.float64)
+                losses = velocity_loss(prediction, call.target).to("cpu", torch.float64)
                 places = batch.first + torch.tensor(call.places)
                 totals[:, i].index_add_(0, places, losses * call.target[0].numel())
         return totals

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .config import DistillConfig
@@ -59,7 +59,7 @@ class Objective:
             assert not isinstance(batch, list)
             with autocast_denoisers(self._pipe, self._config.autocast_dtype):
                 (prediction,) = predictions(self._pipe, [batch], embeddings_of)
-            losses["velocity"] = VelocityLoss()(prediction, batch.target)
+            losses["velocity"] = velocity_loss(prediction, batch.target)
         if by_embedding := [name for name in weights if name in _OF_EMBEDDINGS]:
             different = tuple(dict.fromkeys(prompts))
             of_sample = [different.index(prompt) for prompt in prompts]
@@ -71,7 +71,7 @@ class Objective:
         return torch.stack([weights[name] * losses[name].mean() for name in weights]).sum()
 
 
-class VelocityLoss(nn.Module):
+def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
     r"""Distance of the denoiser's predictions under the student and under the teacher.
 
     The vision loss of the paper, $L = E_p \| v(x_t, t, E_T(p)) - v(x_t, t, E_S(p)) \|^2$, with v
@@ -80,52 +80,46 @@ class VelocityLoss(nn.Module):
     depend on the resolution.
 
     Source: Wang et al., CVPR 2025, arXiv 2503.19897, section 3.
+
+    Args:
+        prediction: (B, ...) any float dtype, the denoiser's output for the student.
+        target: (B, ...), its output for the teacher.
+
+    Returns:
+        (B,) float32, the mean squared error of each sample.
     """
-
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error of each sample.
-
-        Args:
-            prediction: (B, ...) any float dtype, the denoiser's output for the student.
-            target: (B, ...), its output for the teacher.
-
-        Returns:
-            (B,) float32.
-        """
-        error = F.mse_loss(prediction.float(), target.float(), reduction="none")
-        return error.flatten(1).mean(1)
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    return error.flatten(1).mean(1)
 
 
-class EmbeddingLoss(nn.Module):
+def embedding_loss(
+    embeddings: Tensor, target: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     """Distance of the student's token embeddings and the teacher's: naive distillation.
 
     Where the pipeline gives the encoder a mask (PixArt, Chroma), the embeddings of the mask count;
     where it gives none (FLUX.1, SD3), all of them, as the denoiser then attends to padding, too.
 
     Source: Wang et al., CVPR 2025, arXiv 2503.19897, "naive distillation".
+
+    Args:
+        embeddings: (B, T, D) any float dtype, the student's output.
+        target: (B, T, D), the teacher's.
+        attention_mask: (B, T), 1 for a token that counts, or None: all count.
+
+    Returns:
+        (B,) float32, the mean squared error of each sample over its token embeddings.
     """
-
-    def forward(
-        self, embeddings: Tensor, target: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """Mean squared error of each sample over its token embeddings.
-
-        Args:
-            embeddings: (B, T, D) any float dtype, the student's output.
-            target: (B, T, D), the teacher's.
-            attention_mask: (B, T), 1 for a token that counts, or None: all count.
-
-        Returns:
-            (B,) float32.
-        """
-        error_BT = F.mse_loss(embeddings.float(), target.float(), reduction="none").mean(-1)
-        if attention_mask is None:
-            return error_BT.mean(1)
-        mask_BT = attention_mask.to(error_BT)
-        return (error_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
+    error_BT = F.mse_loss(embeddings.float(), target.float(), reduction="none").mean(-1)
+    if attention_mask is None:
+        return error_BT.mean(1)
+    mask_BT = attention_mask.to(error_BT)
+    return (error_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
 
 
-class RelationalLoss(nn.Module):
+def relational_loss(
+    embeddings: Tensor, target: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     r"""Distances between the prompts of a batch, under the student and under the teacher.
 
     $L_i = \frac{1}{B - 1} \sum_{j \ne i} (d_S(i, j) - d_T(i, j))^2 / \bar d_T^2$, with d the
@@ -136,25 +130,20 @@ class RelationalLoss(nn.Module):
     teacher's, as the student's scale must be right, too.
 
     Source: Park et al., changed as said.
+
+    Args:
+        embeddings: (B, T, D) any float dtype, the student's output.
+        target: (B, T, D), the teacher's.
+        attention_mask: (B, T), 1 for a token that counts, or None: all count.
+
+    Returns:
+        (B,) float32, the mean squared difference of each sample's distances to the others. Zero if
+        the batch holds one prompt only.
     """
-
-    def forward(
-        self, embeddings: Tensor, target: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """Mean squared difference of each sample's distances to the others.
-
-        Args:
-            embeddings: (B, T, D) any float dtype, the student's output.
-            target: (B, T, D), the teacher's.
-            attention_mask: (B, T), 1 for a token that counts, or None: all count.
-
-        Returns:
-            (B,) float32. Zero if the batch holds one prompt only.
-        """
-        B = len(embeddings)
-        d_student, d_teacher = (distances_between(x, attention_mask) for x in (embeddings, target))
-        scale = (d_teacher.sum() / max(1, B * (B - 1))).clamp(min=torch.finfo(torch.float32).tiny)
-        return ((d_student - d_teacher) / scale).square().sum(1) / max(1, B - 1)
+    B = len(embeddings)
+    d_student, d_teacher = (distances_between(x, attention_mask) for x in (embeddings, target))
+    scale = (d_teacher.sum() / max(1, B * (B - 1))).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((d_student - d_teacher) / scale).square().sum(1) / max(1, B - 1)
 
 
 def distances_between(embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -166,4 +155,4 @@ def distances_between(embeddings: Tensor, attention_mask: Tensor | None) -> Tens
     return (flat[:, None] - flat[None]).norm(dim=-1)  # at zero its gradient is 0
 
 
-_OF_EMBEDDINGS = {"embedding": EmbeddingLoss(), "relational": RelationalLoss()}
+_OF_EMBEDDINGS = {"embedding": embedding_loss, "relational": relational_loss}

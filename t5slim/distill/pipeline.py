@@ -18,7 +18,6 @@ import torch
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import DistillError
@@ -57,12 +56,6 @@ def teacher_of(pipe: Any) -> Any:
             "the pipeline with its T5, or work within t5slim.distill.cached_teacher(pipe, folder)."
         )
     return slot.encoder
-
-
-def is_sharded(pipe: Any) -> bool:
-    """Whether the weights of a denoiser are spread over processes, as by torch's `fully_shard`."""
-    modules = denoisers(pipe).values()
-    return any(isinstance(p, DTensor) for module in modules for p in module.parameters())
 
 
 def encoded_by(student: Callable[..., Any], pipe: Any) -> Encode:

@@ -95,11 +95,6 @@ class PromptSource:
 Prompts = PromptSource | Iterable[str] | str | os.PathLike[str] | Mapping[str, Any]
 
 
-def load_prompts(prompts: Prompts) -> list[str]:
-    """Return each distinct prompt, of any form that `PromptSource` takes."""
-    return PromptSource(prompts).all()
-
-
 def split_held_out(
     prompts: Prompts, share: float = 0.01, count: int = 64
 ) -> tuple[PromptSource, list[str]]:
@@ -210,8 +205,6 @@ def _read_dataset(dataset: str, column: str | None = None, **options: Any) -> li
             return _distinct((row[column] or "" for row in rows), name)
     except T5SlimError:
         raise
-    except ModuleNotFoundError as error:
-        raise DistillError('`datasets` is missing: pip install "t5slim[prompts]"') from error
     except Exception as error:  # `datasets` and the readers behind it have no common base
         raise DistillError(f"{name}: {error}") from error
 

@@ -7,7 +7,6 @@ call. For a pipeline that changes T5's embeddings on their way, its own code is 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,8 +26,6 @@ from .pipeline import (
     tensors_in,
 )
 from .trajectory import DenoiserCall, NotAGather, Trajectory, run_again
-
-logger = logging.getLogger(__name__)
 
 NO_PROMPT = -1
 
@@ -127,7 +124,6 @@ def split_trajectory(trajectory: Trajectory) -> list[Call]:
             for call, dims in zip(trajectory.denoiser_calls, trajectory.batch_dims, strict=True)
         ]
     except NotAGather as reason:
-        logger.info("The student is led through the whole pipeline, as %s.", reason)
         whole = replace(trajectory, reason=str(reason))
         prompts = [prompt for encoded in whole.encoder_calls for prompt in encoded]
         return [

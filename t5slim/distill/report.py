@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -80,15 +79,7 @@ class DistillResult:
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def add_history(self, learning_rate: float) -> dict[str, Any]:
-        """Add an entry for an evaluation.
-
-        Args:
-            learning_rate: Of the last update.
-
-        Returns:
-            The entry: `numbers()` and those of `report`, by the names of docs/distill.md, as far as
-            they are known.
-        """
+        """Add an entry for an evaluation, by the names of docs/distill.md, and return it."""
         numbers = self.numbers()
         entry = {"step": numbers.pop("steps"), "velocity_gap": numbers.pop("gap"), **numbers}
         entry["learning_rate"] = learning_rate
@@ -132,8 +123,6 @@ def run_facts(
     `identity` has those that decide on the weights, by which a run is known when it is resumed; the
     others are for its model card.
     """
-    device = torch.device(pipe._execution_device)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     teacher = teacher_of(pipe)
     denoiser = next(iter(denoisers(pipe).values()), pipe)
     packages = ("torch", "diffusers", "transformers", "accelerate")
@@ -153,7 +142,6 @@ def run_facts(
         "config": vars(config),
         "denoiser_dtype": str(denoiser.dtype).removeprefix("torch."),
         "versions": {"t5slim": __version__} | {name: version(name) for name in packages},
-        "hardware": f"{processes} x {hardware} ({device.type})",
     }
     return json.loads(json.dumps(facts, default=_by_content))
 
@@ -219,13 +207,7 @@ def write_run(folder: Path, facts: Mapping[str, Any], result: DistillResult) -> 
 
 
 def card_notes(facts: Mapping[str, Any], result: DistillResult, images: Sequence[str]) -> str:
-    """The distillation's part of the model card, in Markdown.
-
-    Args:
-        facts: As `run_facts` returns them.
-        result: Of the finished run.
-        images: Names of files that lie beside the card.
-    """
+    """The distillation's part of the model card, in Markdown; `images` lie beside the card."""
     content = json.dumps({**facts, "result": result.numbers()}, indent=2)
     shown = "\n\n".join(f"![{image}]({image})" for image in images)
     gap = "not measured" if result.gap is None else f"{result.gap:.4f}"
@@ -246,15 +228,7 @@ over how far they move under an empty prompt: 0 for the teacher, 1 for no prompt
 
 
 def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the gaps and the loss of a run over its updates.
-
-    Args:
-        history: As in `DistillResult`; at least one entry.
-        path: Of the PNG, 1200 x 450 pixels.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-    """
+    """Plot the gaps and the loss of a run over its updates into a PNG. Needs matplotlib."""
     from matplotlib.figure import Figure  # type: ignore[import-not-found]
 
     steps = [entry["step"] for entry in history]

@@ -42,7 +42,7 @@ from .pipeline import (
     tensor_sha256,
     tokenize,
 )
-from .prompts import Prompts, load_prompts
+from .prompts import Prompts, PromptSource
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +77,12 @@ class TeacherEmbeddings:
         self._embeddings: dict[int, Tensor] = {}
         self._bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._prompts)
-
     def add(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
         """The index of each prompt of a batch, ids and mask (B, S); a new one gets the next."""
         keys = prompt_keys(input_ids, attention_mask)
         for i, key in enumerate(keys):
             if key not in self.indices:
-                self.indices[key] = len(self)
+                self.indices[key] = len(self._prompts)
                 mask = None if attention_mask is None else attention_mask[i].to("cpu", copy=True)
                 self._prompts.append((input_ids[i].to("cpu", torch.int32, copy=True), mask))
         return [self.indices[key] for key in keys]
@@ -201,12 +198,9 @@ class TeacherCache:
                 f"pipeline's. {'; '.join(differences)}. Pass another folder, or load that teacher."
             )
 
-    def __contains__(self, key: str) -> bool:
-        return self._file(key).is_file()
-
     def get(self, key: str) -> Tensor | None:
         """The embeddings of a prompt, (S, D) on the CPU, or None. A damaged file is removed."""
-        file = self._file(key)
+        file = self.file(key)
         try:
             with safe_open(file, "pt") as content:
                 embeddings = content.get_tensor("embeddings")
@@ -223,11 +217,12 @@ class TeacherCache:
     def add(self, key: str, embeddings: Tensor) -> None:
         """Write the embeddings (S, D) of a prompt, in whole or not at all."""
         content = {"embeddings": embeddings.detach().cpu().contiguous()}
-        file = self._file(key)
+        file = self.file(key)
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, save(content, {"sha256": tensor_sha256(embeddings)}))
 
-    def _file(self, key: str) -> Path:
+    def file(self, key: str) -> Path:
+        """The file of a prompt's embeddings, which needn't be there."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
@@ -338,7 +333,7 @@ def cache_teacher(
             another teacher; or no T5, and prompts that aren't cached.
     """
     kwargs = dict(pipeline_kwargs or {})
-    texts = [*dict.fromkeys([*load_prompts(prompts), ""])]
+    texts = [*dict.fromkeys([*PromptSource(prompts).all(), ""])]
     check_pipeline_kwargs(pipe, kwargs)
     description, teacher = describe_teacher(pipe), TeacherEmbeddings()
     has_teacher = "weights" in description
@@ -356,7 +351,7 @@ def cache_teacher(
                 # As `VelocityGap` pads it; nearly always also the pipeline's own empty prompt.
                 teacher.add_empty(TextSlot(pipe).tokenizer, teacher.add(ids, mask))
                 device = ids.device  # not the encoder's, if that is offloaded
-        keys = {index: key for key, index in teacher.indices.items() if key not in cache}
+        keys = {i: key for key, i in teacher.indices.items() if not cache.file(key).exists()}
         encoded = teacher.encode_each(teacher_of(pipe), [*keys], device)
         for i, embeddings in tqdm(encoded, "encode by the teacher", total=len(keys)):
             cache.add(keys[i], embeddings)

@@ -38,9 +38,8 @@ from .pipeline import (
     encoded_by,
     frozen,
     generate,
-    is_sharded,
 )
-from .prompts import Prompts, PromptSource, load_prompts
+from .prompts import Prompts, PromptSource
 from .reservoir import TrajectoryReservoir
 
 logger = logging.getLogger(__name__)
@@ -113,7 +112,7 @@ def train(
     _check_trainable(pipe, student, config)
     check_pipeline_kwargs(pipe, kwargs)
     source = PromptSource(prompts)
-    held_out = None if eval_prompts is None else load_prompts(eval_prompts)
+    held_out = None if eval_prompts is None else PromptSource(eval_prompts).all()
     if folder or push_to_hub:
         check_no_lora(student)
     if folder is None and resume:
@@ -156,10 +155,8 @@ def train(
             process=(accelerator.process_index, processes),
         )  # fmt: skip
         objective = Objective(pipe, reservoir.teacher, config)
-        measure = None
-        # A sharded denoiser is called by all processes, or by none.
-        if held_out is not None and (main or is_sharded(pipe)):
-            measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs)
+        # On every process: a sharded denoiser is called by all of them, or by none.
+        measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs) if held_out else None
         sampled = measure.prompts[:4] if measure and config.samples_every else []
         sample = partial(_sample_images, pipe, sampled, kwargs, config.seed)
         # At once: a device without room for the decoder is noticed now.

@@ -153,7 +153,12 @@ def capture(
     if _FALLBACK not in layouts:
         try:
             trajectory = record(coded=True)
-            key = _shapes(trajectory)
+            shapes = [  # and the number of prompts: all that the layout depends on
+                (call.denoiser, path, tensor.shape)
+                for call in trajectory.denoiser_calls
+                for path, tensor in tensors_in(call.kwargs).items()
+            ]
+            key = (len(prompts), *shapes)
             if key not in layouts:
                 _check_gather(pipe, trajectory, teacher)
                 layouts[key] = _batch_dims(pipe, trajectory, teacher)
@@ -280,15 +285,6 @@ def _decode(tensor: Tensor) -> Tensor:
     index = ((code - 1) * powers).sum(-1).clamp(min=0)
     expected = _encode(index.flatten(), tensor.shape[-1]).view(tensor.shape)
     return torch.where((expected == tensor).all(-1), index, -1)
-
-
-def _shapes(trajectory: Trajectory) -> Any:
-    """All that the layout depends on."""
-    return len(trajectory.prompts), tuple(
-        (call.denoiser, path, tensor.shape)
-        for call in trajectory.denoiser_calls
-        for path, tensor in tensors_in(call.kwargs).items()
-    )
 
 
 def _check_gather(pipe: Any, trajectory: Trajectory, teacher: TeacherEmbeddings) -> None:

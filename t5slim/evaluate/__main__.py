@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pipe = run.pipeline.load(Accelerator(mixed_precision="no").device)
         print(compare(pipe, **{name: run[name] for name in names}))
     if run.output_dir is not None:
-        print(f"\nThe same with images: {Path(run.output_dir) / 'comparison.html'}")
+        print(f"\nThe same with images: {run.output_dir}/comparison.html")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,11 @@ from ..distill.pipeline import (
     teacher_of,
     tokenize,
 )
-from ..distill.prompts import load_prompts
+from ..distill.prompts import PromptSource
 from ..distill.report import peak_memory_gib, reset_peak_memory
 from ..distill.teacher import CachedTeacher
 from ..encoder import SlimT5Encoder
-from ..errors import EvaluateError
+from ..errors import ConfigError
 from ..patch import is_student, patch_pipeline, student_config, unpatch_pipeline
 from ..slot import TextSlot, uncompiled
 from .result import LABELS, SAMPLE_KEYS, TEACHER, Comparison
@@ -82,7 +81,7 @@ def compare(
         The `Comparison`. The pipeline and the students are as they were, also after an error.
 
     Raises:
-        EvaluateError: No students, prompts or seeds, or two of one name; or a judge or distance
+        ConfigError: No students, prompts or seeds, or two of one name; or a judge or distance
             that uses another measure's name.
         TypeError, ValueError: A judge or distance returns no number.
         NoT5SlotError, PatchError: The pipeline has no T5, or it wasn't kept.
@@ -152,8 +151,6 @@ def compare(
         "seeds": list(seeds),
         "teacher": _place(teacher),
         "dtype": str(teacher.dtype),
-        "device": str(device),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
     comparison = Comparison(pd.concat(samples, ignore_index=True), pd.DataFrame(runs), facts)
     if output_dir is not None:
@@ -171,20 +168,21 @@ def check_request(
         given = [students] if one else list(students or ())
         named = {_place(student) or f"student {i}": student for i, student in enumerate(given, 1)}
         if len(named) < len(given):
-            raise EvaluateError("Two students have one name: pass a mapping of names to students.")
+            raise ConfigError("Two students have one name: pass a mapping of names to students.")
     if not named or TEACHER in named:
-        raise EvaluateError(f"Got students {[*named]}; expected one or more, none {TEACHER!r}.")
+        raise ConfigError(f"Got students {[*named]}; expected one or more, none {TEACHER!r}.")
     for student in named.values():
         if not isinstance(student, nn.Module):
             student_config(student)
     parts = prompts
     if not isinstance(prompts, Mapping) or _FORMS & prompts.keys():
         parts = {None: prompts}
-    pairs = [(text, category) for category, part in parts.items() for text in load_prompts(part)]
+    sources = {category: PromptSource(part) for category, part in parts.items()}
+    pairs = [(text, category) for category, source in sources.items() for text in source.all()]
     table = pd.DataFrame(pairs, columns=["prompt", "category"])
     for name, values in (("prompts", list(table["prompt"])), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
-            raise EvaluateError(f"Got {name} {values}; expected one or more, and each once.")
+            raise ConfigError(f"Got {name} {values}; expected one or more, and each once.")
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     return dict(named), table
@@ -230,7 +228,7 @@ def _measures(
     }
     scores = {} if judge is None else dict(judge(image, text))
     if taken := measures.keys() & scores | _RESERVED & {*measures, *scores}:
-        raise EvaluateError(f"{min(taken)!r} is the name of another measure. Pick another.")
+        raise ConfigError(f"{min(taken)!r} is the name of another measure. Pick another.")
     return {name: float(value) for name, value in (measures | scores).items()}
 
 
