@@ -256,13 +256,13 @@ def image_grid(
     size = (cell, round(cell * height / width))
     # Enlarged pixels stay pixels.
     how = Image.Resampling.NEAREST if width < cell else Image.Resampling.LANCZOS
-    font, gap = ImageFont.load_default(14), 48
-    grid = Image.new("RGB", (len(columns) * cell, gap + len(prompts) * (size[1] + gap)), "white")
+    font, head, gap = ImageFont.load_default(14), 20, 48
+    grid = Image.new("RGB", (len(columns) * cell, head + len(prompts) * (size[1] + gap)), "white")
     draw = ImageDraw.Draw(grid)
     for c, name in enumerate(columns):
         draw.text((c * cell + 4, 4), textwrap.shorten(name, cell // 8), "black", font)
     for i, prompt in enumerate(prompts):
-        top = (i + 1) * gap + i * size[1]
+        top = head + (i + 1) * gap + i * size[1]
         lines = textwrap.wrap(prompt, len(columns) * cell // 8, max_lines=2)
         draw.text((4, top - 4), "\n".join(lines), "black", font, anchor="ld")
         for c, images in enumerate(columns.values()):
