@@ -140,7 +140,7 @@ class TrainingState:
         plain = json.dumps(map_tensors(state, refer))
         content, step = save(tensors, {"state": plain}), f"{self.result.steps:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*"):  # of a run that was killed while it wrote
+        for leftover in folder.glob(".t5slim-*"):  # of a run that was killed while it wrote
             shutil.rmtree(leftover)
         for damaged in folder.glob(f"{step}-*"):  # which wasn't resumed from
             damaged.unlink()
