@@ -7,30 +7,22 @@ arXiv 2503.19897). diffusers records a component by its module and class: `t5sli
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    T5Config,
-    T5EncoderModel,
-    T5PreTrainedModel,
-    UMT5EncoderModel,
-)
+from transformers import AutoConfig, AutoModel, T5Config, T5EncoderModel, UMT5EncoderModel
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for it in this module
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from . import hub
@@ -45,22 +37,29 @@ _PRESETS: dict[str, Any] = {
 }
 _T5_XXL_WIDTH = 4096
 _ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
-_KEYS = {*(field.name for field in fields(T5Config)), *T5Config.attribute_map}
-_KEYS |= {"torch_dtype", "attn_implementation", "quantization_config"}
-_KEYS |= {"base_model", "base_model_revision"}
 _SIZES = ["vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "project_out_dim"]
-_SIZES += ["relative_attention_num_buckets", "relative_attention_max_distance"]
 # Attributes of a config, what each has to be, and whether a value is that. The largest sizes keep a
 # config of a kilobyte from filling the memory before its weights, which aren't there, are missed.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_SIZES, ("a positive integer", lambda size: type(size) is int and size > 0)),
     "num_layers": ("from 1 to 1,000", lambda layers: 0 < layers <= 1000),
     "parameters": ("at most 6 billion (T5-XXL's encoder has 4.8)", lambda n: n <= 6 * 10**9),
+    "relative_attention_num_buckets": ("from 4 to 128", lambda buckets: 4 <= buckets <= 128),
+    "relative_attention_max_distance": ("from 33 to 1,000,000", lambda n: 33 <= n <= 10**6),
     "dropout_rate": ("a number from 0, below 1", lambda rate: 0 <= rate < 1),
-    "layer_norm_epsilon": ("a finite number", lambda epsilon: 0 <= epsilon < math.inf),
+    "layer_norm_epsilon": ("a finite number from 0, below 1", lambda epsilon: 0 <= epsilon < 1),
+    "initializer_factor": ("a number from 0 to 1,000", lambda factor: 0 <= factor <= 1000),
     "encoder_type": ("'t5' or 'umt5'", lambda name: name in list(_ENCODERS)),
     "dense_act_fn": ("'relu' or another `feed_forward_proj`", lambda name: name in ACT2FN),
+    "dtype": (
+        "16 bits or more, as dtype=torch.bfloat16",
+        lambda d: not d or torch.finfo(d).bits > 8,
+    ),
+    "base_model": ("a string", lambda name: name is None or isinstance(name, str)),
 }
+_KEYS = {*_RULES, *T5Config.attribute_map, "feed_forward_proj", "base_model_revision"}
+_KEYS -= {"parameters", "dense_act_fn", "dtype"}
+_LOADING = {"dtype", "torch_dtype", "quantization_config", "attn_implementation"}
 
 
 class SlimT5Config(T5Config):
@@ -94,9 +93,9 @@ class SlimT5Config(T5Config):
         encoder_type: str = "t5",
         **kwargs: Any,
     ) -> None:
-        # The keys of decoding that older versions of transformers wrote mean nothing to an encoder,
-        # and of `num_labels`, transformers would make as many labels.
-        kwargs = {key: value for key, value in kwargs.items() if key in _KEYS}
+        # Those of decoding and classifying mean nothing to an encoder, and of `num_labels`,
+        # transformers would make as many labels.
+        kwargs = {key: kwargs[key] for key in kwargs.keys() & (_KEYS | _LOADING)}
         try:
             super().__init__(**kwargs | {"tie_word_embeddings": False})
             out_dim = _T5_XXL_WIDTH if out_dim is None else out_dim
@@ -106,9 +105,9 @@ class SlimT5Config(T5Config):
                 self.encoder_type = encoder_type
             width = (f"d_model = {self.d_model}", lambda value: value == self.d_model)
             for key, (expected, holds) in {**_RULES, "project_in_dim": width}.items():
-                if not holds(value := getattr(self, key)):
+                if not holds(value := getattr(self, key, None)):
                     raise ValueError(f"{key}: expected {expected}, got {value!r}.")
-        except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
+        except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"invalid config of a student: {error}") from error
 
     @classmethod
@@ -126,7 +125,7 @@ class SlimT5Config(T5Config):
         """
         if name not in _PRESETS:
             raise ConfigError(f"expected a preset of {', '.join(_PRESETS)}, got {name!r}.")
-        if unknown := overrides.keys() - _KEYS - {"project_out_dim", "encoder_type"}:
+        if unknown := overrides.keys() - _KEYS - _LOADING:
             raise ConfigError(f"a student's config has no {', '.join(sorted(unknown))}.")
         return cls(**{"d_kv": 64, "feed_forward_proj": "gated-gelu", **_PRESETS[name], **overrides})
 
@@ -205,6 +204,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         """Encode prompts.
 
@@ -213,6 +213,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             attention_mask: (B, T), 0 for padding. FLUX.1 and SD3 pass none, and attend to it.
             inputs_embeds: (B, T, d_model), instead of ids.
             output_hidden_states: Also return the encoder's states, each (B, T, d_model).
+            **kwargs: What else T5EncoderModel takes; `use_cache` means nothing to an encoder.
 
         Returns:
             A BaseModelOutput or, with `return_dict=False`, a tuple of its parts; the first,
@@ -223,7 +224,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
-            return_dict=True,
+            **kwargs | {"return_dict": True, "use_cache": False},
         )
         output.last_hidden_state = self.final_projection(output.last_hidden_state)
         return output
@@ -250,11 +251,14 @@ class SlimT5Encoder(T5PreTrainedModel):
                 file is truncated, or there are only pickled weights.
             HubAccessError: The repository doesn't exist, is gated or can't be reached.
         """
-        name = os.fspath(pretrained_model_name_or_path)
+        name = hub.local_path(pretrained_model_name_or_path)
         values, access = hub.find_json(name, "config.json", kwargs)
         if config is None:  # `kwargs` may change its values, as in transformers
+            values |= {key: kwargs.pop(key) for key in _KEYS & kwargs.keys()}
             config, kwargs = SlimT5Config.from_dict(values, return_unused_kwargs=True, **kwargs)
-        return hub.load_strictly(super().from_pretrained, name, access, config=config, **kwargs)
+        info = kwargs.pop("output_loading_info", False)
+        loaded = hub.load_strictly(super().from_pretrained, name, access, config=config, **kwargs)
+        return loaded if info else loaded[0]  # type: ignore[return-value]
 
     @classmethod
     def from_t5(
@@ -273,22 +277,18 @@ class SlimT5Encoder(T5PreTrainedModel):
             projection_dim: Width D that the denoiser expects.
             **kwargs: As in `from_pretrained`, as are returns and errors.
         """
-        name = os.fspath(name_or_path)
+        name = hub.local_path(name_or_path)
         values, access = hub.find_json(name, "config.json", kwargs)
         model_type = values.pop("model_type", None)
         if model_type not in ("t5", "mt5", "umt5"):
             raise ConfigError(f"expected a T5, mT5 or UMT5, got model_type {model_type!r}: {name}")
         origin = None if os.path.isdir(name) else name
-        values |= {
-            "project_out_dim": projection_dim,
-            "encoder_type": "umt5" if model_type == "umt5" else "t5",
-            "base_model": origin,
-            "base_model_revision": origin and access["revision"],
-        }
+        values |= {"base_model": origin, "base_model_revision": origin and access["revision"]}
+        values |= {"project_out_dim": projection_dim, "encoder_type": model_type.removeprefix("m")}
         # mT5 has other defaults than T5.
         config = SlimT5Config(**AutoConfig.for_model(model_type).to_dict() | values)
         load, unused = _ENCODERS[config.encoder_type].from_pretrained, ("decoder.", "lm_head.")
-        encoder = hub.load_strictly(load, name, access, unused, config=config, **kwargs)
+        encoder, _ = hub.load_strictly(load, name, access, unused, config=config, **kwargs)
         with torch.device("meta"):
             model = cls(encoder.config)  # a copy of `config`, shared by both
         model.encoder = encoder
@@ -308,7 +308,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             **kwargs: What else transformers' `save_pretrained` takes, such as `variant`.
 
         Raises:
-            CheckpointError: There is a LoRA in the student.
+            CheckpointError: There is a LoRA in the student, or it has no weights.
         """
         hub.check_no_lora(self)
         with hub.atomic_save(save_directory) as folder:
@@ -343,7 +343,10 @@ class SlimT5Encoder(T5PreTrainedModel):
             for file in files:
                 shutil.copy(file, folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if not api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")):
+            url = hf_hub_url(repo_id, "README.md", revision=kwargs.get("revision"))
+            try:
+                api.get_hf_file_metadata(url=url)
+            except RemoteEntryNotFoundError:  # no other failure means that there is no card
                 hub.model_card(self, repo_id, notes).save(Path(folder, "README.md"))
             kwargs = {"commit_message": "Upload a t5slim student"} | kwargs
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)

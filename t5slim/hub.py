@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData, constants, errors, hf_hub_download
@@ -22,16 +24,9 @@ if TYPE_CHECKING:
 
 # Arguments that say where files are.
 _ACCESS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
-# The first that fits an error, or one behind it: "not in the cache" may hide a 429 or 503. Their
-# messages say what to do: log in, ask for access, go online.
-_FAILURES = (
-    errors.HFValidationError,
-    errors.HfHubHTTPError,
-    errors.LocalEntryNotFoundError,
-    errors.OfflineModeIsEnabled,
-    errors.HTTPError,
-    OSError,
-)
+# The first that fits an error, or one behind it: "not in the cache" may hide a 429 or a connection
+# that broke. Their messages say what to do: log in, ask for access, go online.
+_FAILURES = (errors.HFValidationError, errors.HTTPError, OSError)
 
 
 @contextmanager
@@ -44,15 +39,18 @@ def hub_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except T5SlimError:
+    except (T5SlimError, MemoryError):
         raise
     except Exception as error:
-        causes = list(_chain(error))
-        for kind in _FAILURES:
-            if found := [cause for cause in causes if isinstance(cause, kind)]:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        # The client stumbles over an answer that isn't a Hub's, with a KeyError or the like.
+        stumbled = frame.f_globals["__name__"].startswith(("huggingface_hub.", "json."))
+        for kind in (*_FAILURES, Exception) if stumbled else _FAILURES:
+            if cause := next((one for one in _chain(error) if isinstance(one, kind)), None):
+                where = f", neither as a folder on this machine nor at {constants.ENDPOINT}"
                 raise HubAccessError(
-                    f"Can't access {what!r}, neither as a folder on this machine nor at "
-                    f"{constants.ENDPOINT}: {found[0]}"
+                    f"Can't access {what!r}{'' if os.path.exists(what) else where}: "
+                    f"{type(cause).__name__}: {cause}{_advice(str(cause))}"
                 ) from error
         raise
 
@@ -64,21 +62,29 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (error.__context__ if isinstance(error, OSError) else None)
 
 
+def _advice(path: str) -> str:
+    """What to do about a damaged file of the Hub's cache."""
+    return " To download it again: force_download=True." * bool(extract_commit_hash(path, None))
+
+
+def local_path(name: str | os.PathLike[str]) -> str:
+    """A folder or Hub id as a string, with `~` expanded."""
+    return os.path.expanduser(os.fspath(name))
+
+
 def find_file(name: str, filename: str, *, subfolder: str = "", **access: Any) -> Path | None:
     """The local path of a file of a folder or Hub repository, downloaded where needed.
 
     Returns:
         The path; None if the folder or repository is there, and has no such file.
     """
-    if os.path.isdir(name):
-        path = Path(name, subfolder, filename)
-        return path if path.is_file() else None
     with hub_errors(name):
+        if os.path.isdir(name):
+            path = Path(name, subfolder, filename)
+            return path if path.is_file() else None
         try:
             return Path(hf_hub_download(name, filename, subfolder=subfolder or None, **access))
-        except errors.LocalEntryNotFoundError:  # an EntryNotFoundError, too, but the network's
-            raise
-        except errors.EntryNotFoundError:
+        except errors.RemoteEntryNotFoundError:
             return None
 
 
@@ -88,22 +94,21 @@ def find_json(name: str, filename: str, kwargs: dict[str, Any]) -> tuple[dict, d
     These are taken out of `kwargs`, and pinned to one commit: a branch may move between two
     downloads, and files of a known commit come out of the cache without another request.
     """
+    name = local_path(name)
+    if os.path.isfile(name):
+        raise CheckpointError(f"{name!r} is a file: pass its folder, which has a {filename}, too.")
     access = {key: kwargs.pop(key) for key in _ACCESS if key in kwargs}
     if (file := find_file(name, filename, **access)) is None:
         where = os.path.join(name, access.get("subfolder", "")).rstrip("/")
         raise CheckpointError(f"{where!r} holds no {filename}: it is no student and no pipeline.")
     if commit := extract_commit_hash(str(file), None):
         access["revision"] = commit
-    return read_json(file), access
+    return {**read_json(file), "attn_implementation": None}, access  # it may name code on the Hub
 
 
 def load_strictly(
-    load: Callable[..., Any],
-    name: str,
-    access: dict[str, Any],
-    unused: tuple[str, ...] = (),
-    **kwargs: Any,
-) -> Any:
+    load: Callable[..., Any], name: str, access: dict, unused: tuple[str, ...] = (), **kwargs: Any
+) -> tuple[Any, dict]:
     """Load a model, and refuse one whose files lack a tensor or hold another.
 
     Args:
@@ -120,22 +125,40 @@ def load_strictly(
     """
     dot = f".{kwargs['variant']}" if kwargs.get("variant") else ""
     files = [f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"]
-    if not any(find_file(name, file, **access) for file in files):
+    file = find_file(name, files[0], **access) or find_file(name, files[1], **access)
+    # An adapter would change the weights, or have transformers load those of another repository.
+    if file is None or Path(file.parent, "adapter_config.json").exists():
         raise CheckpointError(
-            f"{name!r} holds no weights: expected {files[0]}. Pickled weights (pytorch_model.bin) "
+            f"{name!r} holds no weights: expected {files[0]}, and no adapter_config.json (merge "
+            "the adapter, and save the student again). Pickled weights (pytorch_model.bin) "
             "are never opened, since they can run any code: look for a revision with safetensors, "
             "or convert them where such code can do no harm."
         )
-    kwargs |= access | {"use_safetensors": True, "output_loading_info": True}
-    kwargs["force_download"] = False  # once was enough
+    paths: list[Path | None] = [file]
+    if file.name == files[1]:
+        metadata, weight_map = map(read_json(file).get, ("metadata", "weight_map"))
+        shards = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
+        beside = [re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards]
+        if not all([shards, isinstance(metadata, dict), *beside]):
+            raise CheckpointError(
+                f'{file}: expected "metadata", and a "weight_map" to *.safetensors files beside it.'
+            )
+        paths = [find_file(name, shard, **access) for shard in shards]
+    size = sum(path.stat().st_size for path in paths if path)
+    kwargs |= {"use_safetensors": True, "output_loading_info": True, "local_files_only": True}
     try:
+        config = kwargs["config"]
+        projection = (config.d_model + config.project_out_dim) * config.project_out_dim
+        if all(paths) and config.parameters - projection > 4 * size:  # some have half a byte each
+            raise ValueError(f"{size:,} bytes can't hold what its config.json asks for")
         with hub_errors(name):
-            model, found = load(name, ignore_mismatched_sizes=True, **kwargs)
-    except SafetensorError as error:
+            model, found = load(file.parent, ignore_mismatched_sizes=True, **kwargs)
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{name!r}: the weights aren't a whole safetensors file ({error}), but truncated, a "
-            "pickle, or a Git LFS pointer: copy or download them again."
+            f"{name!r} can't be loaded: {error}. If it isn't a whole safetensors file but cut off, "
+            f"a pickle, or a Git LFS pointer: copy or download it again.{_advice(str(file))}"
         ) from error
+    model.config.name_or_path = name
     wrong = {
         "missing": found["missing_keys"],
         "unexpected": [key for key in found["unexpected_keys"] if not key.startswith(unused)],
@@ -154,13 +177,25 @@ def load_strictly(
     if any(wrong.values()):
         lines = [f"{name!r} doesn't hold the tensors that its config.json asks for:"]
         lines += [f"  {what}: {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys]
+        if prefix := re.match(r"((module|_orig_mod)\.)+", min(wrong["unexpected"], default="")):
+            lines += [f"They begin with {prefix[0]!r}: save the model inside of that wrapper."]
         lines += ["Use another revision; or, of a plain T5, make a student by from_t5."]
-        raise CheckpointError("\n".join(lines))
-    return model
+        raise CheckpointError("\n".join(lines) + _advice(str(file)))
+    return model, found
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise a CheckpointError for a student on the meta device."""
+    if any(weight.is_meta for weight in model.parameters()):
+        raise CheckpointError(
+            "the student has no weights (it is on the meta device): load it with from_pretrained. "
+            "Under sequential offload, call remove_all_hooks() of its pipeline first."
+        )
 
 
 def check_no_lora(model: nn.Module) -> None:
     """Raise a CheckpointError for a student with a LoRA, for which its layout has no place."""
+    check_weights(model)
     if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise CheckpointError(
             "the student has a LoRA in it, for which its layout has no place. Save the LoRA alone, "
@@ -171,18 +206,17 @@ def check_no_lora(model: nn.Module) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; a ConfigError says what else it holds."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} isn't valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got a {type(values).__name__}.")
+        if not isinstance(values := json.loads(path.read_bytes()), dict):
+            raise ValueError(f"expected an object, got a {type(values).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} isn't valid JSON: {error}.{_advice(str(path))}") from error
     return values
 
 
 @contextmanager
 def atomic_save(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield a folder whose files then replace those of `folder`: a full disk harms no old file."""
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder := local_path(folder), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as saved:
         yield saved
         for name in sorted(os.listdir(saved), reverse=True):  # the weights, then config.json
@@ -208,11 +242,7 @@ def model_card(student: SlimT5Encoder, repo_id: str, notes: str = "") -> ModelCa
     return ModelCard.from_template(
         ModelCardData(library_name="t5slim", base_model=base, tags=tags),
         template_path=str(Path(__file__).with_name("model_card.md")),
-        name=repo_id.split("/")[-1],
+        student=student,
         repo_id=repo_id,
         notes=notes,
-        config=student.config,
-        millions=student.num_parameters() / 1e6,
-        gib=student.get_memory_footprint() / 2**30,
-        dtype=str(student.dtype).removeprefix("torch."),
     )

@@ -125,6 +125,28 @@ def test_forward():
     assert [state.shape for state in states] == [(2, 7, 16)] * 3
 
 
+@pytest.mark.parametrize("encoder_type", ["t5", "umt5"])
+def test_forward_takes_what_t5encodermodel_takes(encoder_type):
+    student = make_student(encoder_type=encoder_type)
+    expected = embeddings(student)
+    for name in ("use_cache", "head_mask", "past_key_values", "cache_position", "return_dict"):
+        for value in (None, True):
+            with torch.no_grad():
+                assert torch.equal(student(IDS, **{name: value})[0], expected), name
+    student.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert [one.shape for one in student(IDS, output_attentions=True).attentions] == [
+            (2, 3, 7, 7)
+        ] * 2
+
+
+@pytest.mark.parametrize("width", [24, 4096])
+def test_out_dim_is_written_for_older_readers(tmp_path, width):
+    make_student(project_out_dim=width).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["out_dim"] == config["project_out_dim"] == width
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(tmp_path, dtype):
     """The activations of real T5s exceed float16 behind `wo`; see the class's docstring."""

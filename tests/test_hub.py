@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 from diffusers import FluxPipeline
 from helpers.hub import TOKEN
 from helpers.students import TINY, close, make_student
@@ -107,7 +108,7 @@ def test_requests(hub, published, tmp_path):
     ids=["from_pretrained", "force_download", "from_t5", "push_to_hub", "patch_pipeline"],
 )
 def test_a_hub_that_refuses_or_is_down(hub, no_waiting, access, status):
-    hub.status = status
+    hub.fault = status
     if status is None:
         hub.shutdown()
         hub.server_close()
@@ -119,8 +120,37 @@ def test_errors_that_are_not_the_hubs_pass():
     for error in (ValueError("mine"), RuntimeError("mine"), ConfigError("mine")):
         with pytest.raises(type(error), match="mine"), hub_errors("me/student"):
             raise error
+    for error in (MemoryError("mine"), torch.OutOfMemoryError("mine"), KeyboardInterrupt("mine")):
+        with pytest.raises(type(error), match="mine"), hub_errors("me/student"):
+            raise error
     with pytest.raises(HubAccessError, match="Connection reset"), hub_errors("me/student"):
         raise ConnectionResetError("Connection reset by peer")
+
+
+def test_messages_say_what_happened(hub, published, no_waiting, tmp_path):
+    """Also of an answer that the client stumbles over; and a local path isn't one of the Hub."""
+    faults = {429: "429 Too Many Requests", 503: "503 Service Un", "reset": "ReadError: .*reset by"}
+    faults |= {"redirect loop": "Exceeded .*redirects", "redirect to nowhere": "ConnectError"}
+    hub.faulty = "GET|/create"
+    for hub.fault, message in faults.items():
+        with pytest.raises(HubAccessError, match=message) as caught:
+            load("me/student")
+        assert "check your connection" not in str(caught.value)
+    hub.fault = "null"
+    with pytest.raises(HubAccessError, match=r"me/student.*TypeError"):
+        make_student().push_to_hub("me/student", token=TOKEN)
+    with pytest.raises(HubAccessError) as caught, hub_errors(str(tmp_path)):
+        (tmp_path / "missing").read_text()
+    assert "folder on this machine" not in str(caught.value)
+
+
+def test_an_adapter_in_the_repository(hub, published):
+    """transformers would load the weights of what it names, be it another repository."""
+    hub.repositories["me/student"].commit(
+        {"adapter_config.json": b'{"base_model_name_or_path": "me/private"}'}
+    )
+    assert close(load("me/student"), published["main"])
+    assert not [request for request in hub.requests if "private" in request]
 
 
 def test_what_is_never_downloaded(hub, tmp_path):
@@ -172,7 +202,11 @@ def test_push_to_hub(hub, tmp_path, no_waiting):
     assert card.text.strip() == "# My own words" and card.data.license == "mit"
     assert card.data.tags == ["mine"]
 
-    hub.broken_file = "README.md"  # not finding out isn't the same as there being none
+    hub.fault, hub.faulty = 503, "README.md"  # not finding out isn't the same as there being none
     with pytest.raises(HubAccessError, match="503"):
         student.push_to_hub("me/new", token=TOKEN)
+    hub.fault, before = None, dict(hub.repositories["me/new"].files("main"))
+    with pytest.raises(CheckpointError, match="no weights"):
+        student.to("meta").push_to_hub("me/new", token=TOKEN)
+    assert hub.repositories["me/new"].files("main") == before
     assert b"My own words" in hub.repositories["me/new"].files("main")["README.md"]

@@ -116,7 +116,10 @@ def test_pickle_only_folder(folder):
     assert not (folder / "exploded").exists()
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "isn't valid JSON"), ("[1]", "got a list")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "isn't valid JSON"), ("[1]", "got a list"), ("[" * 10**5, "isn't valid JSON")],
+)
 def test_config_is_no_json_object(folder, text, message):
     (folder / "config.json").write_text(text)
     refused(folder, ConfigError, message)
@@ -142,6 +145,17 @@ def test_config_is_no_json_object(folder, text, message):
         ({"feed_forward_proj": "a-b-c"}, "feed_forward_proj"),
         ({"encoder_type": ["t5"]}, "encoder_type: expected 't5' or 'umt5'"),
         ({"torch_dtype": "float17", "dtype": None}, "float17"),
+        ({"layer_norm_epsilon": 1e300}, "layer_norm_epsilon"),
+        ({"initializer_factor": float("nan")}, "initializer_factor: expected a number from 0"),
+        ({"initializer_factor": "1"}, "initializer_factor"),
+        ({"dropout_rate": -float("inf")}, "dropout_rate"),
+        ({"relative_attention_max_distance": 10**400}, "relative_attention_max_distance"),
+        ({"relative_attention_max_distance": 8}, "from 33 to 1,000,000"),  # a division by zero
+        ({"relative_attention_num_buckets": 3}, "from 4 to 128"),
+        ({"num_layers": True}, "num_layers"),
+        ({"dtype": float("nan")}, "invalid config"),
+        ({"base_model": ["google/flan-t5-base"]}, "base_model: expected a string"),
+        ({"quantization_config": 4}, "invalid config"),
     ],
 )
 def test_config_values(folder, values, message):
@@ -149,11 +163,23 @@ def test_config_values(folder, values, message):
     refused(folder, ConfigError, message)
 
 
+@pytest.mark.parametrize(
+    "values", [{"vocab_size": 3 * 10**8}, {"num_layers": 1000, "encoder_type": "umt5"}]
+)
+def test_no_memory_for_what_is_not_there(folder, values):
+    """The sizes of a T5-XXL are allowed, and wouldn't be missed before they took 20 GB."""
+    edit_config(folder, **values)
+    refused(folder, CheckpointError, "28,168 bytes can't hold what its config.json asks for")
+
+
 def test_keys_of_others_are_dropped(folder):
-    """Of two billion labels, transformers would make a dictionary."""
-    edit_config(folder, num_labels=2**31 - 1, nonsense=None, n_positions=512)
+    """Of two billion labels, transformers would make a dictionary; a kernel is code on the Hub."""
+    others = {"n_positions": 512, "is_decoder": True, "id2label": 3, "classifier_dropout": 1e400}
+    others |= {"num_labels": 2**31 - 1, "attn_implementation": "someone/kernel"}
+    edit_config(folder, nonsense=None, **others)
     assert holds(folder, 0)
-    assert not hasattr(SlimT5Encoder.from_pretrained(folder).config, "nonsense")
+    config = SlimT5Encoder.from_pretrained(folder).config
+    assert not hasattr(config, "nonsense") and config.classifier_dropout == 0
 
 
 def test_config_in_python():
@@ -165,9 +191,21 @@ def test_config_in_python():
     assert SlimT5Config(hidden_size=256).d_model == 256
 
 
-def test_arguments_of_from_pretrained(folder):
+def test_arguments_of_from_pretrained(folder, monkeypatch):
     """Those of the config change it, as in transformers; an unknown one is an error."""
-    assert SlimT5Encoder.from_pretrained(folder, dropout_rate=0.3).config.dropout_rate == 0.3
+    load = SlimT5Encoder.from_pretrained
+    assert load(folder, dropout_rate=0.3).config.dropout_rate == 0.3
+    assert load(folder, attn_implementation="eager").config._attn_implementation == "eager"
+    for wrong in ({"layer_norm_epsilon": float("nan")}, {"hidden_size": "16"}):
+        with pytest.raises(ConfigError, match=r"layer_norm_epsilon|d_model"):
+            load(folder, **wrong)
+    with pytest.raises(CheckpointError, match="attn_implementation"):
+        load(folder, attn_implementation="magic")
+    student, info = load(folder, output_loading_info=True)
+    assert close(student, make_student()) and not info["missing_keys"]
+    monkeypatch.setenv("HOME", str(folder))
+    T5EncoderModel(T5Config(**TINY)).save_pretrained(folder / "t5")
+    assert SlimT5Encoder.from_t5("~/t5", 24, output_loading_info=True).config.d_model == 16
     with pytest.raises(TypeError, match="local_file_only"):
         SlimT5Encoder.from_pretrained(folder, local_file_only=True)
 
@@ -201,3 +239,67 @@ def test_shards(folder):
     refused(folder, HubAccessError, "No such file", "model-00002-of-")
     make_student(2).save_pretrained(folder, max_shard_size="2KB")
     assert holds(folder, 2)
+
+
+MAP = {"a": "model-1.safetensors"}
+OUTSIDE = ["../other/model.safetensors", "{root}/other/model.safetensors", "..\\model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, [], {"weight_map": MAP}, {"metadata": []} | {"weight_map": MAP}]
+    + [{"metadata": {}, "weight_map": wrong} for wrong in ([*MAP], {}, {"a": [*MAP]}, {"a": 1})]
+    + [{"metadata": {}, "weight_map": {"a": name}} for name in (*OUTSIDE, "pytorch_model.bin")],
+)
+def test_index_of_shards(folder, index):
+    """It names files beside it, and no pickle: there are students in `other` and in the pickle."""
+    make_student(1).save_pretrained(folder.parent / "other")
+    torch.save(make_student(1).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps(index).replace("{root}", str(folder.parent)))
+    refused(folder, ConfigError if index == [] else CheckpointError, str(file))
+    file.write_text(json.dumps({"metadata": {}, "weight_map": MAP}))
+    assert holds(folder, 0)
+
+
+def test_an_adapter_beside_the_weights(folder):
+    """transformers would load it, and may take the weights from what it names."""
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    refused(folder, CheckpointError, "no adapter_config.json", "merge")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_a_wrapper(folder, prefix):
+    file = folder / "model.safetensors"
+    save_file({prefix + name: value for name, value in load_file(file).items()}, file)
+    refused(folder, CheckpointError, f"begin with {prefix!r}", "inside of that wrapper")
+
+
+def test_paths(folder, monkeypatch):
+    """`~` is the user's home; and the path of a file isn't that of a student."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert holds("~/student", 0) and holds(Path("~/student"), 0)
+    make_student(1).save_pretrained("~/saved")
+    assert holds(folder.parent / "saved", 1)
+    for name in ("model.safetensors", "config.json"):
+        refused(folder / name, CheckpointError, "is a file: pass its folder")
+
+
+def test_without_weights(folder):
+    half = make_student()
+    half.final_projection.to("meta")
+    for model in (make_student().to("meta"), half):
+        with pytest.raises(CheckpointError, match=r"no weights \(it is on the meta device\)"):
+            model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8(folder, dtype):
+    """A T5 can't compute in it."""
+    make_student().to(dtype).save_pretrained(folder)
+    refused(folder, ConfigError, "dtype: expected 16 bits or more", "dtype=torch.bfloat16")
+    student = SlimT5Encoder.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(
+        student.encoder.shared.weight, make_student().encoder.shared.weight.to(dtype).float()
+    )

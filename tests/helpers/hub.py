@@ -1,6 +1,7 @@
 """A Hub on localhost: as much of the protocol as the real huggingface_hub client needs of it.
 
 Repositories, commits, branches, private and gated repositories, downloads and commits; no LFS.
+Where a test asks for it, some answers are faults: of the server, of the way, or lies.
 """
 
 from __future__ import annotations
@@ -8,12 +9,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import re
+import socket
+import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_right"
@@ -43,8 +49,9 @@ class LocalHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
-        self.status: int | None = None  # of every answer
-        self.broken_file = ""  # for which every answer is 503
+        self.fault: str | int | Callable[[], object] | None = None  # as in `_Handler._fail`
+        self.faulty = ""  # what requests it befalls, as a regex of "GET /path"
+        self.struck = 0  # how many it befell
 
     def add(
         self, repo_id: str, folder: Path, prefix: str = "", branch: str = "main", **kwargs: bool
@@ -85,8 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"POST {path}")
-        if self.server.status:
-            return self._json(self.server.status, {})
+        if self._is_struck() and not callable(self.server.fault):  # before anything is done
+            return self._reply(200, b'{"success": true}', {})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._json(401, {"error": "Invalid credentials"})
         if path == "/api/validate-yaml":
@@ -94,9 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             request = json.loads(body)
             repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
-            self.server.repositories.setdefault(repo_id, Repository()).commit(
-                {".gitattributes": b""}
-            )
+            if repo_id not in self.server.repositories:
+                self.server.repositories[repo_id] = Repository()
+                self.server.repositories[repo_id].commit({".gitattributes": b""})
             return self._json(200, {"url": f"http://{self.headers['Host']}/{repo_id}"})
         _, _, _, owner, name, action, revision = path.split("/", 6)
         repository = self.server.repositories[f"{owner}/{name}"]
@@ -120,8 +127,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _download(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
-        if self.server.status or (self.server.broken_file and self.server.broken_file in path):
-            return self._json(self.server.status or 503, {})
         if path.startswith("/api/models/"):
             return self._describe(*path.split("/")[3:])
         owner, name, action, revision, file = path[1:].split("/", 4)
@@ -161,13 +166,54 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, status: int, body: object, headers: Mapping[str, str] | None = None) -> None:
         self._reply(status, json.dumps(body).encode(), headers or {})
 
+    def _is_struck(self) -> bool:
+        request = f"{self.command} {unquote(urlsplit(self.path).path)}"
+        return self.server.fault is not None and bool(re.search(self.server.faulty, request))
+
     def _reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        headers = {"Content-Length": str(len(body)), **headers}
+        if not self._is_struck():
+            return self._send(status, body, headers)
+        self.server.struck += 1
+        self._fail(self.server.fault, status, body, headers)
+
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+        for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def _fail(self, fault: Any, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        """A status, something that happens to the Hub meanwhile, a lie, or a broken connection."""
+        half = body[: len(body) // 2]
+        lies = {"html": b"<!doctype html><p>Log in", "empty": b"", "null": b"null", "half": half}
+        if isinstance(fault, int):
+            code = {"X-Error-Code": "RepoNotFound"} if fault == 401 else {}  # as the Hub does
+            return self._send(fault, b"{}", {"Content-Length": "2", **code})
+        if callable(fault):
+            fault()
+            return self._send(status, body, headers)
+        if fault in lies:
+            length = {"Content-Length": str(len(lies[fault]))}
+            return self._send(status, lies[fault], {**headers, **length})
+        if fault in ("bare", "another etag"):
+            headers = {**headers, "ETag": "0"} if fault != "bare" else {}
+            return self._send(status, body, {**headers, "Content-Length": str(len(body))})
+        if fault.startswith("redirect"):
+            where = self.path if fault == "redirect loop" else "http://127.0.0.1:9/nothing"
+            return self._send(302, b"", {"Location": where, "Content-Length": "0"})
+        if fault == "more than its length":
+            self._send(status, body, {**headers, "Content-Length": str(len(half))})
+        elif "body" in fault:
+            self._send(status, half, headers)
+        if "stall" in fault:
+            threading.Event().wait(0.3)  # for longer than the client waits
+        if "reset" in fault:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+        self.close_connection = True
 
     def log_message(self, *args: object) -> None:
         """Keep quiet."""
