@@ -12,8 +12,8 @@ from torch import nn
 
 from . import hub
 from .encoder import SlimT5Config, SlimT5Encoder
-from .errors import IncompatibleStudentError, PatchError
-from .slot import TextSlot, check_device_map, compute_dtype, is_student
+from .errors import CheckpointError, IncompatibleStudentError, NoT5SlotError, PatchError
+from .slot import TextSlot, check_device_map, compute_dtype, embedding_width, find_hooks, is_student
 
 Student = nn.Module | str | os.PathLike[str]
 
@@ -25,6 +25,7 @@ PUBLISHED_STUDENTS = ("LifuWang/DistillT5", "LifuWang/DistillT5-Small")
 _ONE_WIDTH = ("HunyuanImage", "HunyuanVideo15", "LongCatAudio")
 
 
+@torch.inference_mode(False)  # no training takes a tensor that was made in it
 def patch_pipeline(
     pipe: Any,
     source: Student | None = None,
@@ -78,13 +79,14 @@ def patch_pipeline(
             keep = keep_teacher or slot.encoder is None
             return _patch(slot, source if student is None else student, keep)
     elif isinstance(source, (str, os.PathLike)) and not keep_teacher:
-        return _load_patched(pipe, os.fspath(source), student, kwargs)
+        return _load_patched(pipe, os.path.expanduser(os.fspath(source)), student, kwargs)
     raise TypeError(
         "expected patch_pipeline(pipe, student, keep_teacher=...); or, to load a pipeline without "
         "its T5, patch_pipeline(cls, folder_or_hub_id, student=..., **kwargs)."
     )
 
 
+@torch.inference_mode(False)
 def unpatch_pipeline(pipe: Any, teacher: nn.Module | None = None) -> Any:
     """Undo `patch_pipeline`: put the T5 back, on the device and in the dtype of the pipeline.
 
@@ -101,8 +103,7 @@ def unpatch_pipeline(pipe: Any, teacher: nn.Module | None = None) -> Any:
     slot = TextSlot(pipe)
     student = slot.encoder
     if not is_student(student):
-        held = type(student).__name__
-        raise PatchError(f"there is nothing to undo: {slot} holds {held}, and no student.")
+        raise PatchError(f"nothing to undo: {slot} holds {type(student).__name__}, and no student.")
     check_device_map(getattr(pipe, "hf_device_map", None))
     if teacher is None and "_t5slim_original" not in vars(pipe):
         raise PatchError(
@@ -111,14 +112,15 @@ def unpatch_pipeline(pipe: Any, teacher: nn.Module | None = None) -> Any:
             "AutoModelForTextEncoding.from_pretrained(<folder or Hub id of the pipeline>, "
             f"subfolder={slot.name!r}, dtype={compute_dtype(student)}))."
         )
+    if teacher is not None and embedding_width(getattr(teacher, "config", None)) != slot.width:
+        raise PatchError(f"{slot} takes a T5 of width {slot.width}; got {type(teacher).__name__}.")
     original = vars(pipe)["_t5slim_original"] if teacher is None else teacher
-    with slot.offload_paused():
+    with slot.offload_paused(original):
         if original is not None:
-            original.to(student.device)
-            if compute_dtype(original) != compute_dtype(student):  # the pipeline was cast since
-                _cast(original, compute_dtype(student))
+            cast = compute_dtype(original) != compute_dtype(student)  # the pipeline was, since
+            _move(original, student.device, compute_dtype(student) if cast else None)
         slot.restore(original)
-    vars(pipe).pop("_t5slim_original", None)
+        vars(pipe).pop("_t5slim_original", None)
     return pipe
 
 
@@ -177,7 +179,8 @@ def check_fit(config: Any, slot: TextSlot) -> None:
             f"that was made for it: t5slim.SlimT5Encoder.from_t5(..., projection_dim={width}), "
             "then t5slim.distill.train."
         )
-    if getattr(config, "d_model", own) != own and type(slot.pipe).__name__.startswith(_ONE_WIDTH):
+    one_width = any(cls.__name__.startswith(_ONE_WIDTH) for cls in slot.cls.__mro__)
+    if one_width and getattr(config, "d_model", own) != own:
         raise IncompatibleStudentError(
             f"the student's layers have width {config.d_model}, and in {slot} they must be as wide "
             f"as its embeddings: SlimT5Config(d_model={own}, project_out_dim={own}, ...)."
@@ -209,14 +212,16 @@ def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
         )
     check_device_map(getattr(pipe, "hf_device_map", None))
     student = _load_student(student, slot)
-    with slot.offload_paused():
-        _cast(student, pipe.dtype if original is None else compute_dtype(original))
-        student.to(pipe._execution_device if original is None else original.device)
+    with slot.offload_paused(student):
+        # On the meta device it is under the sequential offload of another pipeline.
+        there = original is not None and original.device.type != "meta"
+        device = original.device if there else pipe._execution_device
+        _move(student, device, pipe.dtype if original is None else compute_dtype(original))
         slot.replace(student.eval())
-    vars(pipe).pop("_t5slim_original", None)
-    if keep:
-        pipe._t5slim_original = original  # for `unpatch_pipeline`
-    else:
+        vars(pipe).pop("_t5slim_original", None)
+        if keep:
+            pipe._t5slim_original = original  # for `unpatch_pipeline`
+    if not keep:
         del original
         clear_device_cache(garbage_collection=True)  # hooks of offload make cycles
     return pipe
@@ -226,6 +231,8 @@ def _load_patched(cls: Any, source: str, student: Student | None, kwargs: dict[s
     """Load a pipeline with None in its T5 slot, after its student, and patch it."""
     import diffusers
 
+    if not hasattr(cls, "from_pipe"):
+        raise NoT5SlotError(f"expected a class of diffusers' pipelines; got {cls.__name__}.")
     check_device_map(kwargs.get("device_map"))
     # Before a download, diffusers takes only the libraries of a private table. Where that is gone,
     # the check probably is, too; if not, it names the component that it refuses.
@@ -234,25 +241,49 @@ def _load_patched(cls: Any, source: str, student: Student | None, kwargs: dict[s
 
         methods = ["save_pretrained", "from_pretrained"]
         LOADABLE_CLASSES.setdefault(SlimT5Encoder.__module__, {"PreTrainedModel": methods})
+    for key in {"dtype", "torch_dtype"} & kwargs.keys():
+        given = kwargs[key] if isinstance(kwargs[key], dict) else {"default": kwargs[key]}
+        dtypes = {k: getattr(torch, str(v).removeprefix("torch."), v) for k, v in given.items()}
+        if not all(isinstance(dtype, (torch.dtype, type(None))) for dtype in dtypes.values()):
+            raise PatchError(f"expected a dtype such as torch.bfloat16; got {key}={kwargs[key]!r}.")
+        kwargs[key] = dtypes
     index, access = hub.find_json(source, "model_index.json", kwargs)
     # The class that was saved: `cls` may be DiffusionPipeline, or an AutoPipeline.
-    slot = TextSlot(getattr(diffusers, str(index["_class_name"]), cls))
+    name = index.get("_class_name")
+    saved = getattr(diffusers, str(name), cls)
+    if saved is diffusers.DiffusionPipeline or not hasattr(saved, "register_modules"):
+        raise CheckpointError(f"{source!r} is a {name!r}: no pipeline that this diffusers has.")
+    slot = TextSlot(saved)
     its = {key: value for key, value in access.items() if key != "revision"}
-    if student is None and index.get(slot.name, [None])[0] == SlimT5Encoder.__module__:
+    if student is None and index.get(slot.name) == [SlimT5Encoder.__module__, "SlimT5Encoder"]:
         student, its = source, access | {"subfolder": slot.name}
+        variant = kwargs.get("variant")
+        if variant and hub.find_file(source, f"model.{variant}.safetensors", **its):
+            its["variant"] = variant
     student = _load_student(student, slot, **its)
-    with hub.hub_errors(source):
-        pipe = cls.from_pretrained(source, **kwargs | access | {slot.name: None})
+    kwargs = {"use_safetensors": True} | kwargs | access | {slot.name: None}
+    try:
+        with hub.hub_errors(source):
+            pipe = cls.from_pretrained(source, **kwargs)
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{source!r} isn't a whole {cls.__name__}: {error!r}") from error
     return _patch(TextSlot(pipe), student, keep=False)
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast as `from_pretrained(dtype=dtype)` does: under float16, T5's `wo` stays in float32.
+def _move(module: nn.Module, device: Any, dtype: torch.dtype | None) -> None:
+    """Move, and cast as `from_pretrained(dtype=dtype)` does: under float16, T5's `wo` in float32.
 
     T5's activations overflow there, which `.to(torch.float16)` doesn't know.
     """
-    for name, parameter in model.named_parameters():
-        # Quantized weights aren't floats, and those under layerwise casting are stored in float8.
-        if parameter.is_floating_point() and parameter.element_size() > 1:
+    # Quantized weights aren't floats, and those under layerwise casting are stored in float8.
+    stored = getattr(module, "hf_quantizer", None) or find_hooks(module, "layerwise_casting")
+    for name, parameter in module.named_parameters():
+        if parameter.is_inference():  # which nothing can change outside of inference mode
+            weight = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, weight)
+        if dtype and parameter.is_floating_point() and (parameter.element_size() > 1 or not stored):
             keep = dtype == torch.float16 and ".wo." in name
             parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+    module.to(device)

@@ -11,12 +11,13 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import NoT5SlotError, PatchError
+from .errors import CheckpointError, NoT5SlotError, PatchError
 
 _COMPONENT = re.compile(r"text_encoder(_\d+)?")
 _T5_CLASS = re.compile(r"\b((UM|M)?T5EncoderModel|SlimT5Encoder)\b")
@@ -64,7 +65,7 @@ class TextSlot:
         self.cls = pipe if isinstance(pipe, type) else type(pipe)
         self.register = "update_components" if is_modular(pipe) else "register_modules"
         if not hasattr(pipe, self.register):
-            raise TypeError(f"expected a diffusers pipeline, or a class of them; got {pipe!r:.80}.")
+            raise NoT5SlotError(f"expected a diffusers pipeline; got {self.cls.__name__}.")
         for name, declared in self.component_types().items():
             if not _COMPONENT.fullmatch(name):
                 continue
@@ -89,12 +90,20 @@ class TextSlot:
     @property
     def encoder(self) -> Any:
         """The module in the slot, or None."""
+        if self.pipe is self.cls:
+            raise NoT5SlotError(f"expected a pipeline, got the class {self.cls.__name__}.")
         return getattr(self.pipe, self.name, None)
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer that makes the ids of the module in the slot, or None."""
-        return getattr(self.pipe, self.tokenizer_name, None)
+        tokenizer, name = getattr(self.pipe, self.tokenizer_name, None), self.tokenizer_name
+        if tokenizer is None and self.pipe is not self.cls:
+            raise PatchError(
+                f"{self} lacks its tokenizer. To load it: pipe.{self.register}({name}=transformers."
+                f"AutoTokenizer.from_pretrained(<folder or Hub id>, subfolder={name!r}))."
+            )
+        return tokenizer
 
     @property
     def width(self) -> int | None:
@@ -107,7 +116,7 @@ class TextSlot:
             for key in _WIDTH_KEYS:
                 if (width := getattr(config, key, None)) is not None:
                     return int(width[0] if isinstance(width, (list, tuple)) else width)
-        return embedding_width(getattr(self.encoder, "config", None))
+        return embedding_width(getattr(getattr(self.pipe, self.name, None), "config", None))
 
     def component_types(self) -> dict[str, Any]:
         """The types that the pipeline declares its components with: classes, unions, or strings."""
@@ -127,60 +136,88 @@ class TextSlot:
         Returns:
             The module that was there, for `restore`.
         """
-        pipe, name, old = self.pipe, self.name, self.encoder
-        hooks = _hooks(old, "group_offloading")
-        if hooks and module is not None and not _hooks(module, "group_offloading"):
-            from diffusers.hooks import apply_group_offloading
+        old = self.encoder
+        hooks = find_hooks(old, "group_offloading")
+        with self.offload_paused(module):
+            if hooks and module is not None and not find_hooks(module, "group_offloading"):
+                from diffusers.hooks import apply_group_offloading
 
-            # Not `offload_to_disk_path`: diffusers names files by layer and overwrites none, so
-            # that a second student would silently run with the weights of the first.
-            same = ["onload_device", "offload_device", "offload_type", "num_blocks_per_group"]
-            same += ["non_blocking", "record_stream", "low_cpu_mem_usage"]
-            group = {key: getattr(hooks[0].config, key) for key in same}
-            group["use_stream"] = hooks[0].config.stream is not None
-            apply_group_offloading(module, **group)
-        with self.offload_paused():
-            if is_modular(pipe):  # a components manager would keep the original
-                pipe.unload_components(name)
-            # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json, and
-            # `from_pretrained` would then lose the module that `save_pretrained` wrote.
-            getattr(pipe, self.register)(**{name: module})
+                # Not `offload_to_disk_path`: diffusers names files by layer and overwrites none, so
+                # that a second student would silently run with the weights of the first.
+                same = ["onload_device", "offload_device", "offload_type", "num_blocks_per_group"]
+                same += ["non_blocking", "record_stream", "low_cpu_mem_usage"]
+                group = {key: getattr(hooks[0].config, key) for key in same}
+                group["use_stream"] = hooks[0].config.stream is not None
+                apply_group_offloading(module, **group)
+            self._register(module)
+        return old
+
+    def _register(self, module: nn.Module | None) -> None:
+        pipe, name, old = self.pipe, self.name, self.encoder
+        if is_modular(pipe):  # a components manager would keep the original
+            pipe.unload_components(name)
+        # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json, and
+        # `from_pretrained` would then lose the module that `save_pretrained` wrote.
+        getattr(pipe, self.register)(**{name: module})
         for stage in stages(pipe):
             if getattr(stage, name, stage) is old:
                 stage.register_modules(**{name: module})
-        return old
 
     def restore(self, original: nn.Module | None) -> None:
         """Undo `replace`: `original` returns, and its replacement leaves without hooks."""
         replacement = self.replace(original)
-        for part in () if replacement is None else replacement.modules():
+        for part in () if replacement in (None, original) else replacement.modules():
             registry: Any = getattr(part, "_diffusers_hook", None)
             for name in () if registry is None else list(registry.hooks):
                 if name != "layerwise_casting":  # its own, and diffusers can't take it off
                     registry.remove_hook(name, recurse=False)
 
     @contextmanager
-    def offload_paused(self) -> Iterator[None]:
+    def offload_paused(self, guest: nn.Module | None = None) -> Iterator[None]:
         """Take off the hooks of model or sequential CPU offload; enable the same offload again.
 
         Else the module that leaves lives on in `pipe._all_hooks`, and the one that comes has no
         hook and never reaches the accelerator.
+
+        After an error or an interrupt, pipeline and `guest` are as they were: what enters the slot.
         """
-        pipe = self.pipe
+        pipe, original = self.pipe, self.encoder
+        modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        enable: Any = None
         if getattr(pipe, "_all_hooks", None):
             enable = pipe.enable_model_cpu_offload
-        elif hasattr(pipe, "_offload_device") and any(
-            hasattr(module, "_hf_hook") for module in pipe.components.values()
-        ):
+        elif hasattr(pipe, "_offload_device") and any(hasattr(m, "_hf_hook") for m in modules):
             enable = pipe.enable_sequential_cpu_offload
-        else:
-            yield
-            return
-        pipe.remove_all_hooks()
+        if guest is not None:
+            modules.append(guest)
+            if any(weight.is_meta for weight in guest.parameters()):
+                raise CheckpointError(
+                    f"this {type(guest).__name__} has no weights (it is on the meta device): load "
+                    "it; or, if another pipeline offloads it, call that one's remove_all_hooks()."
+                )
+        # What a pipeline, a module or its hooks are, is in their attributes and in tensors.
+        parts = {part for module in modules for part in module.modules()}
+        hooks = [part._diffusers_hook for part in parts if hasattr(part, "_diffusers_hook")]
+        before = []
+        for owner in (pipe, *stages(pipe), *parts, *hooks):
+            own = owner.__dict__
+            lists = {key: copy(part) for key, part in own.items() if type(part) in (dict, list)}
+            before.append((own, own | lists))
+        tensors = [(tensor, tensor.data) for part in parts for tensor in part.parameters(False)]
         try:
+            if enable:
+                pipe.remove_all_hooks()
             yield
-        finally:
-            enable(device=pipe._offload_device)
+            if enable:
+                enable(device=pipe._offload_device)
+        except BaseException:
+            self._register(original)
+            for own, attributes in before:
+                own.clear()
+                own.update(attributes)
+            for tensor, data in tensors:
+                tensor.data = data
+            raise
 
 
 def is_student(module: object) -> bool:
@@ -203,7 +240,7 @@ def check_device_map(device_map: Any) -> None:
         )
 
 
-def _hooks(module: nn.Module | None, name: str) -> list[Any]:
+def find_hooks(module: nn.Module | None, name: str) -> list[Any]:
     """The hooks of diffusers with this name on a module and its parts."""
     parts = [] if module is None else module.modules()
     registries = [getattr(part, "_diffusers_hook", None) for part in parts]
@@ -213,7 +250,7 @@ def _hooks(module: nn.Module | None, name: str) -> list[Any]:
 
 def compute_dtype(module: Any) -> torch.dtype:
     """The dtype that a module computes in: layerwise casting may store its weights in float8."""
-    hooks = _hooks(module, "layerwise_casting")
+    hooks = find_hooks(module, "layerwise_casting")
     return hooks[0].compute_dtype if hooks else module.dtype
 
 

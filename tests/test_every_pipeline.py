@@ -88,13 +88,23 @@ def test_wan_2_2_has_two_denoisers() -> None:
     assert_replays(pipe, calls, teacher)
 
 
-def test_students_of_another_width_than_their_output() -> None:
-    """HunyuanImage would pad the embeddings of quotations by zeros as wide as `config.d_model`."""
-    pipe = CASES["HunyuanImagePipeline"].pipe()
-    teacher = pipe.text_encoder_2
-    with pytest.raises(IncompatibleStudentError, match=r"width 16, .* HunyuanImagePipeline"):
-        patch_pipeline(pipe, tiny_student(pipe))
-    assert pipe.text_encoder_2 is teacher
+@pytest.mark.parametrize("name", [name for name, case in HERE.items() if case.student])
+def test_students_of_another_width_than_their_output(name: str) -> None:
+    """HunyuanImage pads quotations by zeros of `d_model`, LongCat-Audio adds a hidden state.
+
+    So does a class of the user's own that is derived from one. As wide as its output, a student
+    passes: see `test_pipeline`.
+    """
+    pipe = CASES[name].pipe()
+    slot = TextSlot(pipe)
+    teacher, narrow = slot.encoder, tiny_student(pipe)
+    for cls in (type(pipe), type("Own", (type(pipe),), {})):
+        pipe.__class__ = cls
+        with pytest.raises(
+            IncompatibleStudentError, match=f"width 16, .* {cls.__name__} they must"
+        ):
+            patch_pipeline(pipe, narrow)
+    assert slot.encoder is teacher
 
 
 def test_interrupted_pipelines_get_their_attention_back() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -15,6 +17,7 @@ import transformers
 from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
+    FluxModularPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionXLPipeline,
@@ -24,9 +27,11 @@ from helpers.pipelines import (
     flux_student,
     generate,
     hooks_of,
+    interrupted,
     patched_flux,
     quiet,
     state,
+    state_of,
     t5_of,
     tiny_sdxl,
 )
@@ -37,12 +42,14 @@ from tiny import (
     tiny_chroma,
     tiny_flux,
     tiny_pixart_sigma,
+    tiny_sd3,
     tiny_student,
 )
 
 import t5slim.hub
 from t5slim import (
     CheckpointError,
+    ConfigError,
     HubAccessError,
     IncompatibleStudentError,
     NoT5SlotError,
@@ -51,6 +58,7 @@ from t5slim import (
     patch_pipeline,
     unpatch_pipeline,
 )
+from t5slim.slot import TextSlot
 
 pytestmark = pytest.mark.usefixtures("cpu_as_accelerator")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # memory-mapped weights are aligned otherwise
@@ -141,6 +149,86 @@ def test_the_teacher_follows_a_pipeline_that_was_cast_while_patched():
     assert generate(pipe).isfinite().all()
 
 
+@pytest.mark.parametrize("part", ["", "final_projection"])
+def test_float8_student(part):
+    """Wholly or in part: nothing computes in it, so it is cast as other weights are."""
+    student = flux_student()
+    student.get_submodule(part).to(torch.float8_e4m3fn)
+    pipe = patch_pipeline(tiny_flux().to(torch.bfloat16), student)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    assert generate(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("made", ["student", "patch"])
+def test_inference_mode(made, offload):
+    """A student that was made in it, or patched in it, works under offload, and can still learn."""
+    pipe = tiny_flux().to(torch.bfloat16)
+    with torch.inference_mode(made == "student"):
+        student = flux_student()
+    old = generate(pipe)
+    OFFLOADS[offload](pipe)
+    with torch.inference_mode(made == "patch"):
+        patch_pipeline(pipe, student, keep_teacher=True)
+    assert generate(pipe).isfinite().all()
+    assert torch.equal(generate(unpatch_pipeline(pipe)), old)
+    student(torch.tensor([[1, 2]]))[0].sum().backward()
+
+
+def test_a_pipeline_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        pipe = tiny_flux()
+    old = generate(pipe)
+    new = generate(patch_pipeline(pipe, flux_student(), keep_teacher=True))
+    assert torch.equal(new, generate(patched_flux()))
+    assert torch.equal(generate(unpatch_pipeline(pipe)), old)
+
+
+def test_two_pipelines_that_share_a_t5():
+    """Also if the other one has it on the meta device, under an offload of its own."""
+    pipe = tiny_flux()
+    other, old = FluxPipeline(**pipe.components), generate(pipe)
+    quiet(other).enable_sequential_cpu_offload(device="cpu")
+    student = flux_student()
+    patched = generate(patch_pipeline(pipe, student, keep_teacher=True))
+    assert torch.equal(patched, generate(patched_flux()))
+    assert torch.equal(generate(other), old)
+    with pytest.raises(CheckpointError, match=r"T5EncoderModel has no weights.*remove_all_hooks"):
+        unpatch_pipeline(pipe)
+    other.remove_all_hooks()
+    assert torch.equal(generate(unpatch_pipeline(pipe)), old)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_interrupted(offload):
+    """At any point, a Ctrl-C leaves the pipeline as it was before, or as it is afterwards."""
+    pipe, student = tiny_flux().to(torch.bfloat16), flux_student().train()
+    teacher, old = t5_of(pipe), generate(pipe)
+    OFFLOADS[offload](pipe)
+
+    def patch():
+        patch_pipeline(pipe, student, keep_teacher=True)
+
+    def unpatch():
+        unpatch_pipeline(pipe)
+
+    for change, undo, guest in ((patch, unpatch, student), (unpatch, patch, teacher)):
+        calls = interrupted(change)
+        undo()
+        student = flux_student().train() if guest is student else student
+        for nth in range(1, calls, 1 + calls // 60):
+            before, source = (state(pipe), state_of(guest)), t5_of(pipe)
+            assert interrupted(change, nth) >= nth
+            if t5_of(pipe) is guest:  # in a generator's end, Python ignores it
+                undo()
+            else:
+                assert (state(pipe), state_of(guest)) == before and t5_of(pipe) is source, nth
+        change()
+        new = generate(pipe)
+        assert torch.equal(new, old) == (guest is teacher)
+
+
 @pytest.mark.parametrize("offload", ["none", "model", "group by leaf"])
 def test_a_pipeline_loaded_without_t5(flux_folder, offload):
     pipe = quiet(FluxPipeline.from_pretrained(flux_folder, text_encoder_2=None))
@@ -176,6 +264,12 @@ def of_another_width_and_without_weights(folder: Path) -> Path:
     return folder
 
 
+def partly_on_meta(_):
+    student = flux_student()
+    student.final_projection.to("meta")
+    return student
+
+
 WIDTH = r"embeddings have width 48, .*FluxPipeline takes 32.*projection_dim=32"
 WORDS = r"vocabulary of 1,000, and the tokenizer of text_encoder_2 of this FluxPipeline one of 256"
 REFUSED = {
@@ -188,6 +282,8 @@ REFUSED = {
     "a folder of a T5": (plain_t5, MISFIT, "whose config.json has no project_out_dim"),
     "a number": (lambda _: 5, MISFIT, "got int"),
     "truncated": (truncated, CheckpointError, "a whole safetensors file"),
+    "meta": (lambda _: flux_student().to("meta"), CheckpointError, "SlimT5Encoder has no weights"),
+    "in part": (partly_on_meta, CheckpointError, "SlimT5Encoder has no weights"),
 }
 
 
@@ -248,6 +344,36 @@ def test_states(case):
     assert state(pipe) == before
 
 
+@pytest.mark.parametrize("teacher", ["me/flux", 5, clip_encoder(), t5_encoder(48)])
+def test_what_is_no_t5_of_this_pipeline_is_not_put_back(teacher):
+    pipe = patched_flux(keep_teacher=True)
+    before = state(pipe)
+    with pytest.raises(PatchError, match=f"takes a T5 of width 32; got {type(teacher).__name__}"):
+        unpatch_pipeline(pipe, teacher)
+    with pytest.raises(CheckpointError, match="T5EncoderModel has no weights"):
+        unpatch_pipeline(pipe, t5_encoder().to("meta"))
+    assert state(pipe) == before
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [(tiny_flux, "tokenizer_2"), (tiny_sd3, "tokenizer_3"), (tiny_chroma, "tokenizer")],
+)
+def test_a_pipeline_without_the_tokenizer_of_its_t5(build, name, tmp_path):
+    """Refused with the line that loads it, here run; T5 itself needn't be there."""
+    build().save_pretrained(tmp_path)
+    student = tiny_student(build())
+    pipe = build(**{name: None})
+    pipe.register_modules(**{TextSlot(pipe).name: None})
+    before = state(pipe)
+    with pytest.raises(PatchError, match="lacks its tokenizer") as refused:
+        patch_pipeline(pipe, student)
+    assert state(pipe) == before
+    line = str(refused.value).split("To load it: ")[1].rstrip(".")
+    exec(line.replace("<folder or Hub id>", "tmp_path"), globals() | locals())
+    assert generate(patch_pipeline(pipe, student)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("size", "added", "fits"),
     [(129, 0, True), (128, 0, False), (257, 0, False), (256, 1, True), (384, 1, True)],
@@ -265,8 +391,6 @@ def test_vocabulary(size, added, fits):
 
 def test_wrong_arguments(flux_folder):
     student = flux_student()
-    with pytest.raises(TypeError, match=r"expected a diffusers pipeline.*got 'me/flux'"):
-        patch_pipeline("me/flux")
     for args, kwargs in (
         ([tiny_flux(), student], {"student": student}),
         ([tiny_flux(), student], {"torch_dtype": torch.bfloat16}),
@@ -312,6 +436,87 @@ def test_dtype_of_a_class(dtype, kind, folders):
     assert pipe.text_encoder_2.dtype == pipe.transformer.dtype == expected
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("given", ["bfloat16", "torch.float16", {"default": "bfloat16"}], ids=str)
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")
+def test_dtypes_by_name(key, given, folders):
+    kwargs = {"student": folders / "student", key: given}
+    pipe = patch_pipeline(FluxPipeline, folders / "flux", **kwargs)
+    name = given["default"] if isinstance(given, dict) else given
+    assert pipe.transformer.dtype == getattr(torch, name.removeprefix("torch."))
+    assert generate(quiet(pipe)).isfinite().all()
+
+
+@pytest.mark.parametrize("saved", ["model", "model.fp16"])
+def test_variant(saved, folders, tmp_path):
+    """Also of the student in a patched pipeline, as far as it has one."""
+    pipe = patched_flux().to(torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    folder = tmp_path / "text_encoder_2"
+    (folder / "model.safetensors").rename(folder / f"{saved}.safetensors")
+    pipe = patch_pipeline(FluxPipeline, tmp_path, variant="fp16", dtype=torch.float16)
+    assert generate(quiet(pipe)).isfinite().all()
+
+
+# The whole file, or its changed values; None takes one away.
+DAMAGES = {
+    "not JSON": ("{", "isn't valid JSON"),
+    "an array": ("[]", "got a list"),
+    "no class": ({"_class_name": None}, "is a None: no pipeline"),
+    "an unknown class": ({"_class_name": "NoPipeline"}, "is a 'NoPipeline': no pipeline"),
+    "a module": ({"_class_name": "utils"}, "is a 'utils': no pipeline"),
+    "a model": ({"_class_name": "AutoencoderKL"}, "is a 'AutoencoderKL': no pipeline"),
+    "a custom class": ({"_class_name": ["a", "B"]}, r"is a \['a', 'B'\]: no pipeline"),
+    "a slot of a number": ({"text_encoder_2": 5}, "isn't a whole DiffusionPipeline: TypeError"),
+    "an unknown part": ({"vae": ["diffusers", "No"]}, "isn't a whole .*has no class `No`"),
+    "code": ({"vae": ["os", "system"]}, "isn't a whole .*system"),
+    "a part is missing": ({"vae": None}, "isn't a whole .*'vae'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_model_index(case, folders, tmp_path):
+    damage, message = DAMAGES[case]
+    shutil.copytree(folders / "flux", tmp_path / "flux")
+    file = tmp_path / "flux" / "model_index.json"
+    if isinstance(damage, dict):
+        values = json.loads(file.read_text()) | damage
+        damage = json.dumps({key: value for key, value in values.items() if value is not None})
+    file.write_text(damage)
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        patch_pipeline(DiffusionPipeline, tmp_path / "flux", student=folders / "student")
+
+
+def test_pickles_are_not_opened(folders, tmp_path):
+    """Neither of the denoiser; its T5's aren't even looked for."""
+    pipe, kwargs = tiny_flux(), {"student": folders / "student"}
+    pipe.save_pretrained(tmp_path)
+    pipe.transformer.save_pretrained(tmp_path / "transformer", safe_serialization=False)
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(HubAccessError, match=r"no file named diffusion_pytorch_model.safetensors"):
+        patch_pipeline(FluxPipeline, tmp_path, **kwargs)
+    pipe = patch_pipeline(FluxPipeline, tmp_path, **kwargs, use_safetensors=None)
+    assert generate(quiet(pipe)).isfinite().all()
+
+
+def test_sources(folders, monkeypatch):
+    """A path is never called a connection; `~` is a home."""
+    student = folders / "student"
+    monkeypatch.setenv("HOME", str(folders))
+    assert patch_pipeline(FluxPipeline, "~/flux", student=student)
+    for source in (
+        "missing folder",
+        "./missing",
+        "~/missing",
+        "",
+        folders / "flux/model_index.json",
+    ):
+        with pytest.raises((HubAccessError, CheckpointError)) as refused:
+            patch_pipeline(FluxPipeline, source, student=student)
+        assert os.path.expanduser(source) in str(refused.value)
+        assert not re.search("internet|connection", str(refused.value))
+
+
 @pytest.mark.parametrize(
     ("cls", "name", "student", "kwargs", "error", "message"),
     [
@@ -321,6 +526,11 @@ def test_dtype_of_a_class(dtype, kind, folders):
         (FluxPipeline, "flux", "student", {"device_map": "balanced"}, PatchError, "='balanced'"),
         (FluxPipeline, "flux", "flux/text_encoder", {}, MISFIT, "no project_out_dim"),
         (FluxPipeline, "flux", "truncated", {}, CheckpointError, "a whole safetensors file"),
+        (FluxPipeline, "flux", "student", {"dtype": "bf17"}, PatchError, "got dtype='bf17'"),
+        (FluxPipeline, "flux", "student", {"torch_dtype": {"vae": 16}}, PatchError, "'vae': 16"),
+        (FluxPipeline, "flux", "student", {"variant": "no"}, CheckpointError, "variant=no"),
+        (SlimT5Encoder, "flux", "student", {}, NoT5SlotError, "got SlimT5Encoder"),
+        (FluxModularPipeline, "flux", "student", {}, NoT5SlotError, "got FluxModularPipeline"),
     ],
 )
 def test_refused_before_the_pipeline_is_read(folders, cls, name, student, kwargs, error, message):
@@ -351,6 +561,19 @@ def test_t5_is_not_downloaded(hub, folders):
     with pytest.raises(HubAccessError, match=r"me/other.*outgoing traffic has been disabled"):
         patch_pipeline(FluxPipeline, "me/flux", student="me/other", local_files_only=True)
     assert hub.requests == []
+
+
+FAULTS = [(401, ""), (403, ""), (404, ""), (429, ""), (500, ""), (503, "vae/config.json")]
+FAULTS += [(503, "vae/diffusion_pytorch_model"), (503, "scheduler")]
+
+
+@pytest.mark.parametrize(("status", "file"), FAULTS)
+def test_answers_of_the_hub(status, file, hub, folders):
+    """To the first request, or later to one for a file: the message says which answer came."""
+    hub.add("me/flux", folders / "flux")
+    hub.status, hub.broken_file = (None, file) if file else (status, "")
+    with pytest.raises(HubAccessError, match=rf"me/flux.*\b{status}\b.*{file}"):
+        patch_pipeline(FluxPipeline, "me/flux", student=folders / "student")
 
 
 def test_all_files_come_from_one_commit(hub, folders, monkeypatch):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from diffusers import FluxPriorReduxPipeline
+from diffusers import FluxPipeline, FluxPriorReduxPipeline
 from helpers.pipelines import every_pipeline_class, tiny_sdxl
 from tiny import TEXT_WIDTH, TINY_PIPELINES, clip_encoder, t5_encoder, tiny_flux, tiny_student
 from transformers import T5EncoderModel, UMT5EncoderModel
 from zoo import CASES
 
-from t5slim import NoT5SlotError
+from t5slim import NoT5SlotError, SlimT5Encoder, patch_pipeline, unpatch_pipeline
 from t5slim.slot import TextSlot
 
 
@@ -68,6 +68,20 @@ def test_a_pipeline_without_denoiser_has_the_width_of_its_encoder():
     assert TextSlot(pipe).width == TEXT_WIDTH
     pipe.register_modules(text_encoder_2=None)
     assert TextSlot(pipe).width is None
+
+
+NOT_PIPELINES = ["me/flux", None, {}, 5, t5_encoder(), SlimT5Encoder, int]
+
+
+@pytest.mark.parametrize("other", NOT_PIPELINES, ids=lambda other: type(other).__name__)
+def test_not_a_pipeline(other):
+    """Its type is named, and nothing of what is in it."""
+    name = other.__name__ if isinstance(other, type) else type(other).__name__
+    for call in (TextSlot, unpatch_pipeline, lambda pipe: patch_pipeline(pipe, "me/student")):
+        with pytest.raises(NoT5SlotError, match=f"^expected a .*pipeline.*; got {name}.$"):
+            call(other)
+    with pytest.raises(NoT5SlotError, match="expected a pipeline, got the class FluxPipeline"):
+        unpatch_pipeline(FluxPipeline)
 
 
 def test_no_t5():
