@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 import weakref
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_student
 from transformers import T5Config, T5EncoderModel
 from zoo import CASES
 
-from t5slim import patch_pipeline
+from t5slim import T5SlimError, patch_pipeline
 from t5slim.distill import VelocityGap, cache_teacher, cached_teacher, capture, velocity_gap
 from t5slim.distill.metrics import check_student
 from t5slim.distill.pipeline import teacher_of, tokenize
@@ -263,6 +265,88 @@ def test_a_damaged_file_is_not_believed(ending: bytes, tmp_path: Path, caplog: A
     assert encoded == [8]  # one prompt, in a batch that is filled up
     with cached_teacher(pipe, cache):
         assert_equal(targets_of(pipe, kwargs, PROMPTS), expected)
+
+
+def test_no_flipped_bit_is_believed(tmp_path: Path) -> None:
+    _, _, cache = cached(tmp_path)
+    file = sorted(tmp_path.glob("??/*.safetensors"))[0]
+    content, embeddings = file.read_bytes(), cache.get(file.stem)
+    header = 8 * (8 + int.from_bytes(content[:8], "little"))  # its bits: all; the rest: some
+    for bit in (*range(header), *range(header, 8 * len(content), 23)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        found = cache.get(file.stem)
+        assert found is None or torch.equal(found, embeddings)
+    # The same bytes, of which the SHA-256 is right, as another tensor.
+    for then, now in (
+        (b'"F32"', b'"I32"'),
+        (b'"F32","shape":[12,32]', b'"BF16","shape":[24,32]'),
+        (b"[12,32]", b"[32,12]"),
+        (b"[12,32]", b"[1,12,32]"),
+    ):
+        changed = content[8 : header // 8].replace(then, now)
+        file.write_bytes(len(changed).to_bytes(8, "little") + changed + content[header // 8 :])
+        with pytest.raises(DistillError, match=r"unlike its teacher\.json"):
+            cache.get(file.stem)
+        assert file.exists()
+
+
+@pytest.mark.parametrize("method", [Path.mkdir, lambda file: file.symlink_to(file.name)])
+def test_what_stands_in_the_place_of_a_file(method: Callable[[Path], Any], tmp_path: Path) -> None:
+    pipe, kwargs, cache = cached(tmp_path)
+    file = sorted(tmp_path.glob("??/*"))[0]
+    file.unlink()
+    method(file)
+    with cached_teacher(pipe, cache), pytest.raises(DistillError, match="cache_teacher"):
+        targets_of(pipe, kwargs, ["", *PROMPTS])
+    if method is Path.mkdir:
+        with pytest.raises(T5SlimError, match=str(file)):
+            cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs)
+        file.rmdir()
+    cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs)
+    with cached_teacher(pipe, cache):
+        targets_of(pipe, kwargs, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "", "{", "[]", "null", "\0", {"width": None}, {"width": "32"}, {"width": 0}, {"width": -1},
+        {"width": 10**12}, {"width": 32.0}, {"dtype": None}, {"dtype": "__class__"},
+        {"dtype": "float12"}, {"dtype": "nn"}, {"dtype": "int8"}, {"dtype": "float16"},
+        {"name_or_path": None}, {"name_or_path": 3}, {"name_or_path": []},
+    ],
+)  # fmt: skip
+def test_a_damaged_description_is_not_believed(change: Any, tmp_path: Path) -> None:
+    pipe, kwargs, _ = cached(tmp_path)
+    file, before = tmp_path / "teacher.json", contents(tmp_path)
+    facts = json.loads(file.read_text())
+    file.write_text(change if isinstance(change, str) else json.dumps(facts | change))
+    for teacher in (pipe.text_encoder_2, None):
+        pipe.register_modules(text_encoder_2=teacher)
+        with pytest.raises(T5SlimError), cached_teacher(pipe, tmp_path):
+            targets_of(pipe, kwargs, PROMPTS[:1])
+        assert pipe.text_encoder_2 is teacher
+    if isinstance(change, dict):
+        for name in change:
+            file.write_text(json.dumps({key: facts[key] for key in facts if key != name}))
+            with pytest.raises(T5SlimError, match="damaged"):
+                TeacherCache(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_folders_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, kwargs, _ = cached(tmp_path / "whole")
+    for folder in (__file__, f"{__file__}/new", "a\0b"):
+        with pytest.raises(T5SlimError, match="can't be made a folder"):
+            cache_teacher(pipe, PROMPTS, folder, pipeline_kwargs=kwargs)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with cached_teacher(pipe, "~/whole"):
+        cache_teacher(pipe, PROMPTS, "~/whole", pipeline_kwargs=kwargs)
+    cache_teacher(pipe, PROMPTS[:1], "~/new", pipeline_kwargs=kwargs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "whole"]
 
 
 def fill(folder: Path, prompts: list[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import FluxPipeline
 from safetensors.torch import load_file
 from tiny import PROMPTS, call_kwargs, tiny_flux
 
@@ -24,6 +26,9 @@ STUDENT = {
     "preset": "small", "vocab_size": 256, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1,
     "num_heads": 2, "project_out_dim": 32,
 }  # fmt: skip
+
+GIVEN = "pipeline: none\nprompts: none\noutput_dir: none\n"
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 
 
 @pytest.fixture
@@ -87,6 +92,9 @@ def test_values_mean_what_they_say(file: str) -> None:
         ("--student.d_modle=8", "a student's config has no d_modle"),
         ("--student='{size: small}'", "'size': 'small'.; expected from_pretrained, from_t5 or"),
         ("--student='{from_pretrained: nobody/nothing}'", "'nobody/nothing', neither"),
+        ("--student='{preset: small, 1: 2}'", "keywords must be strings"),
+        ("--student='{preset: small, .nan: 2}'", "keywords must be strings"),
+        ("--pipeline_kwargs='{.nan: 2}'", "holds nan, which FluxPipeline doesn't take"),
         ("--pipeline=nobody/nothing", "HubAccessError: .*'nobody/nothing'"),
     ],
 )
@@ -110,14 +118,49 @@ def test_mistakes_are_named_before_anything_is_loaded(
         ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
         ("{}", "required: pipeline, student, prompts, output_dir"),
         ("student: " + "[" * 100_000, "maximum nesting depth"),
+        ("student:\n" + "".join(" " * i + "a:\n" for i in range(1, 2000)), "nesting depth|recurs"),
         ("a: \xff", "utf-8"),
+        ("a: \0", "control characters are not allowed|special characters"),
+        ("", "Unexpected config|required"),
+        ("[1, 2]", "Unexpected config"),
+        ("student: {preset: a, preset: b}", "one of these keys twice: preset, preset"),
+        ("max_steps: 1\nmax_steps: 2", "one of these keys twice"),
+        (BOMB, "It has an alias"),
+        ("".join(f"k{i}: 1\n" for i in range(100_000)), "It has over 20000 values"),
+        (".nan: 3", "not accepted|nan"),
+        ("student: {preset: small}\nmax_steps: 0x" + "f" * 20_000, "Exceeds the limit"),
+        ("student: !!int ''", "index out of range"),
+        ("student: !!python/object:os.system {}", "could not determine a constructor"),
+        ("student: !!set {a, b}", "student"),
+        ("student: !!timestamp 2020-13-45", "student|month"),
+        ("student: {? [a] : 1}", "unhashable"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(text, encoding="latin-1")
-    with pytest.raises(SystemExit, match=f"(?s)ConfigError: .*{message}"):
+    path, start = tmp_path / "run.yaml", time.perf_counter()
+    given = "" if text in ("{}", "", "[1, 2]") else GIVEN
+    path.write_text(given + text, encoding="latin-1")
+    with pytest.raises(SystemExit, match=f"(?s)ConfigError: .*({message})"):
         main(["--config", str(path)])
+    assert time.perf_counter() - start < 10
+
+
+def test_long_lists_and_paths_from_home(
+    flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "flux").symlink_to(flux_folder)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    prompts = [f"prompt {i}" for i in range(15_000)]
+    content = {"pipeline": "~/flux", "student": STUDENT, "prompts": prompts, "output_dir": "~/out"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    start = time.perf_counter()
+    run, _, _ = parse(["--config", "~/run.yaml"])
+    assert run.prompts == prompts and time.perf_counter() - start < 10
+    assert run.pipeline.cls is FluxPipeline
+    with pytest.raises(SystemExit, match="holds another run or model"):
+        main(["--config", "~/run.yaml"])
 
 
 def test_students_of_each_kind(flux_folder: Path, tmp_path: Path) -> None:
@@ -156,7 +199,8 @@ def test_a_run_is_saved_and_resumed(
 ) -> None:
     arguments = ["--config", file, "--keep_checkpoints", "1", "--learning_rate", "1e-7"]
     main(arguments)
-    assert "student_samples" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "student_samples" in printed and printed.isascii()
     out, saved = tmp_path / "out", str(tmp_path / "out" / "run.yaml")
     assert parse(["--config", saved]) == parse(arguments)
     assert yaml.safe_load(Path(saved).read_text())["learning_rate"] == 1e-7

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import re
 import shutil
 import subprocess
+import sys
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,25 @@ def test_scores_are_averaged_over_the_images_they_are_known_of() -> None:
         assert means["odd"] == math.inf
 
 
+@pytest.mark.parametrize("name", ["distance", "gap", "teacher", "gap_of_calls", "=1+1", "other"])
+def test_no_name_of_the_users_changes_the_gap(name: str) -> None:
+    pipe = tiny_flux()
+    student = {"mine": tiny_student(pipe)}
+    plain = compared(pipe, student)
+    for measures in ({"distances": {name: lambda *_: 9}}, {"judge": lambda *_: {name: 9}}):
+        seen = compared(pipe, student, **measures)
+        assert seen.means()["velocity_gap"].equals(plain.means()["velocity_gap"])
+        assert seen.trajectories == plain.trajectories
+        assert seen.means()[name]["mine"] == 9
+
+
+@pytest.mark.parametrize("later", [{"velocity_gap": 9}, {"psnr": 9}, 0.5, {"x": None}])
+def test_a_judge_that_is_fine_on_the_blank_image_only(later: Any) -> None:
+    pipe, answers = tiny_flux(), iter([{"x": 1}])
+    with pytest.raises(t5slim.errors.ConfigError, match=r"another measure|distance failed"):
+        compared(pipe, tiny_student(pipe), judge=lambda *_: next(answers, later))
+
+
 # --- what is left unchanged ---
 
 
@@ -126,8 +147,9 @@ def test_a_patched_pipeline_is_compared_with_its_own_teacher_and_stays_patched()
     pd.testing.assert_frame_equal(compared(pipe, None).means(), expected)
     assert pipe.text_encoder_2 is student and pipe._t5slim_original is teacher
     calls = iter([1, 1])  # it works on the blank image and on the first one
-    with pytest.raises(StopIteration):
+    with pytest.raises(t5slim.errors.ConfigError, match="StopIteration") as raised:
         compared(pipe, None, judge=lambda *_: {"x": next(calls)})
+    assert isinstance(raised.value.__cause__, StopIteration)
     assert pipe.text_encoder_2 is student and pipe._t5slim_original is teacher
     assert student.training and not teacher.training
     gone = patch_pipeline(tiny_flux(), student)
@@ -157,12 +179,32 @@ def test_without_t5_in_memory_the_numbers_are_the_same(tmp_path: Path) -> None:
         (["a/student", "a/student"], {}, "Two students have one name"),
         ({"x": 3}, {}, "got int"),
         ("wide", {}, "width 33"),
-        ("mine", {"seeds": ()}, r"Got seeds \(\)"),
+        (3, {}, "got int"),
+        ({3: "x"}, {}, "3 is no name"),
+        ("a\x1b[31m", {}, "is no name; expected one line of printable text"),
+        ("\ud800", {}, "is no name"),
+        ("mine", {"prompts": {"a\0": ["x"]}}, "is no name"),
+        ("mine", {"seeds": ()}, r"Got seeds \[\]"),
+        ("mine", {"seeds": 3}, "Got seeds 3; expected integers, as a list"),
+        ("mine", {"seeds": [0.5]}, r"Got seeds \[0.5\]; expected integers"),
+        ("mine", {"batch_size": 0}, "batch_size is 0; expected a positive integer"),
+        ("mine", {"batch_size": "8"}, "batch_size is '8'"),
+        ("mine", {"output_dir": __file__}, "can't be made a folder: .*exists"),
+        ("mine", {"pipeline_kwargs": {1: 2}}, "pipeline_kwargs holds 1, which"),
         ("mine", {"seeds": (1, 1)}, "and each once"),
         ("mine", {"prompts": {}}, r"Got prompts \[\]"),
         ("mine", {"prompts": {"a": ["x"], "b": ["x"]}}, "and each once"),
         ("mine", {"pipeline_kwargs": {"num_images_per_prompt": 2}}, "may not hold 'num_images"),
         ("mine", {"judge": lambda *_: {"x": "good"}}, "could not convert string to float: 'good'"),
+        ("mine", {"judge": lambda image: {"x": 1}}, "takes 1 positional argument but 2 were given"),
+        ("mine", {"judge": lambda *_: 0.5}, "Expected judge.image, prompt., which returns numbers"),
+        ("mine", {"judge": lambda *_: torch.ones(3)}, "A judge or distance failed"),
+        ("mine", {"judge": lambda *_: math.nan}, "A judge or distance failed"),
+        ("mine", {"judge": lambda *_: {0: 1}}, "0 is no name"),
+        ("mine", {"distances": ["psnr"]}, "distances such as"),
+        ("mine", {"distances": {"d": "psnr"}}, "'str' object is not callable"),
+        ("mine", {"distances": {"d": lambda *_: torch.ones(2)}}, "A judge or distance failed"),
+        ("mine", {"distances": {"prompt": lambda *_: 1}}, "'prompt' is the name of"),
         ("mine", {"judge": lambda *_: {"psnr": 1}}, "'psnr' is the name of another measure"),
         ("mine", {"judge": lambda *_: {"d": 1}, "distances": {"d": lambda *_: 1}}, "'d' is the"),
         ("mine", {"distances": {"velocity_gap": lambda *_: 1}}, "'velocity_gap' is the name of"),
@@ -177,13 +219,29 @@ def test_what_cannot_be_compared_is_refused_before_anything_expensive(
         config = copy.deepcopy(tiny_student(pipe).config)
         config.project_out_dim += students == "wide"
         students = {students: t5slim.SlimT5Encoder(config)}
-    with pytest.raises(ValueError, match=message):
-        compare(pipe, students, changes.pop("prompts", PROMPTS[:2]), **changes)
+    with pytest.raises(t5slim.T5SlimError, match=message):
+        compare(pipe, students, **{"prompts": PROMPTS[:2]} | changes)
 
 
 def test_a_pipeline_for_video_is_refused() -> None:
     with pytest.raises(t5slim.DistillError, match="VelocityGap measures"):
         compared(tiny_ltx(), tiny_student(tiny_ltx()))
+
+
+def test_any_line_of_text_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, prompts = tiny_flux(), ["=a \x1b[31mred\x1b[0m <b>sign</b>", PROMPTS[0]]
+    names = ("x" * 300, "../../a/b", "=1+1", "Größe ↑")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    students = {name: tiny_student(pipe, seed=seed) for seed, name in enumerate(names)}
+    seen = compare(
+        pipe, students, prompts, pipeline_kwargs=call_kwargs(pipe), output_dir="~/a/folder"
+    )
+    assert "\x1b" not in str(seen) and not set(names) - set(seen.samples["encoder"])
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    assert files == {f"a/folder/comparison.{ending}" for ending in ("json", "png", "html")}
+    page = (tmp_path / "a" / "folder" / "comparison.html").read_text(encoding="utf-8")
+    assert "<b>sign" not in page
 
 
 # --- forms of the result ---
@@ -264,8 +322,9 @@ def test_the_page_in_a_browser(shown: tuple[Comparison, Path], tmp_path: Path) -
     assert result["width"] <= 390  # tables scroll, and the page doesn't
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_from_the_command_line(
-    hub: Any, flux_folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+    hub: Any, flux_folder: Path, tmp_path: Path, monkeypatch: Any, encoding: str
 ) -> None:
     pipe = tiny_flux()
     for seed in (1, 2):
@@ -280,10 +339,14 @@ def test_from_the_command_line(
     def run(**changes: str) -> None:
         main([f"--{name}={value}" for name, value in (arguments | changes).items()])
 
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding)  # which doesn't have every character
+    monkeypatch.setattr(sys, "stdout", terminal)
     run()
-    printed = capsys.readouterr().out
+    terminal.flush()
+    printed = terminal.buffer.getvalue().decode(encoding)
     assert printed.splitlines()[0].split() == ["encoder", "teacher", "1/student", "2/student"]
-    assert "weights in memory, MiB ↓" in printed and (tmp_path / "out" / "comparison.html").exists()
+    shown = "weights in memory, MiB ↓".encode(encoding, "replace").decode(encoding)
+    assert shown in printed and (tmp_path / "out" / "comparison.html").exists()
 
     monkeypatch.delattr("diffusers.DiffusionPipeline.from_pretrained")  # nothing gets that far
     for changes, message in (

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.training import pipeline_and_kwargs
+from diffusers import FluxPipeline
+from helpers.training import pipeline_and_kwargs, run
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from t5slim import patch_pipeline
-from t5slim.distill import VelocityGap, velocity_gap
-from t5slim.errors import DistillError
+from t5slim import T5SlimError, patch_pipeline
+from t5slim.distill import VelocityGap, cache_teacher, cached_teacher, capture, velocity_gap
+from t5slim.errors import ConfigError, DistillError
+from t5slim.evaluate import compare
 from t5slim.slot import TextSlot
 
 MASKED = ("chroma", "pixart_sigma", "stable_audio")
@@ -103,3 +106,80 @@ def test_gaps_that_mean_nothing_are_refused() -> None:
     torch.nn.init.zeros_(pipe.transformer.context_embedder.weight)
     with pytest.raises(DistillError, match="same for these prompts as for an empty one"):
         VelocityGap(pipe, PROMPTS[:2], **arguments)
+
+
+@pytest.mark.parametrize("name", ["flux", "stable_audio"])  # gather and fallback
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_gap_needs_no_autograd(name: str, mode: Any) -> None:
+    pipe, _, gap = measured(name, 2)
+    student = tiny_student(pipe)
+    expected = gap(student)
+    with mode():
+        made, _, inside = measured(name, 2)
+        found = [inside(student), measured(name, 2)[2](student)]
+    arguments: Any = {"pipeline_kwargs": call_kwargs(made), "batch_size": 3}
+    found += [inside(student), velocity_gap(made, student, PROMPTS[:2], **arguments)]
+    if name == "flux":
+        with mode():
+            seen = compare(made, {"mine": student}, PROMPTS[:2], **arguments)
+        assert len(seen.samples) == 4 and seen.samples["velocity_gap"].notna().sum() == 2
+    assert found == pytest.approx([expected] * 4, rel=1e-4)  # kernels differ
+
+
+def test_a_student_can_be_a_folder(tmp_path: Path) -> None:
+    pipe = tiny_flux().to(torch.bfloat16)
+    student = tiny_student(pipe).to(torch.bfloat16)
+    student.save_pretrained(tmp_path)
+    arguments: Any = {"pipeline_kwargs": call_kwargs(pipe)}
+    gap = velocity_gap(pipe, student, PROMPTS[:2], **arguments)
+    assert velocity_gap(pipe, str(tmp_path), PROMPTS[:2], **arguments) == gap
+
+
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "a class": lambda: FluxPipeline,
+    "an id": lambda: "owner/flux",
+    "a component": lambda: tiny_flux().transformer,
+    "no T5": lambda: FluxPipeline(**tiny_flux().components | {"text_encoder_2": None}),
+    "no weights": lambda: FluxPipeline(
+        **tiny_flux().components | {"text_encoder_2": tiny_flux().text_encoder_2.to("meta")}
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PIPELINES)
+def test_pipelines_that_are_none(what: str, tmp_path: Path) -> None:
+    pipe, student = PIPELINES[what](), tiny_student(tiny_flux())
+    arguments: Any = {"pipeline_kwargs": call_kwargs(tiny_flux())}
+    for function, *given in (
+        (compare, student, PROMPTS), (velocity_gap, student, PROMPTS), (VelocityGap, PROMPTS),
+        (capture, PROMPTS), (cache_teacher, PROMPTS, tmp_path / "cache"),
+    ):  # fmt: skip
+        with pytest.raises(T5SlimError):
+            function(pipe, *given, **arguments)
+    with pytest.raises(T5SlimError):
+        cached_teacher(pipe, tmp_path / "cache").__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_students_without_weights_of_their_own() -> None:
+    pipe, student = tiny_flux(), tiny_student(tiny_flux())
+    with torch.device("meta"):
+        empty = tiny_student(pipe)
+    refused = {empty: "has no weights"}
+    for name in ("text_encoder_2", "transformer", "text_encoder", "vae"):
+        shared = copy.deepcopy(student)
+        weight = next(getattr(pipe, name).parameters())  # the same memory, as another parameter
+        shared.register_parameter("one", torch.nn.Parameter(weight.data))
+        refused[shared] = f"or shares its weights .*in the {name} of this FluxPipeline"
+    for one, message in refused.items():
+        for attempt in (velocity_gap, compare, run):
+            with pytest.raises(DistillError, match=message):
+                attempt(pipe, one, PROMPTS, pipeline_kwargs=call_kwargs(pipe))
+
+
+def test_settings_that_mean_nothing() -> None:
+    pipe, student = tiny_flux(), tiny_student(tiny_flux())
+    pipe.transformer.forward = None  # whoever calls it, fails
+    for name, value in (("batch_size", 0), ("seed", "a"), ("pipeline_kwargs", "ab")):
+        with pytest.raises((ConfigError, DistillError), match=f"{name} is {value!r}; expected"):
+            velocity_gap(pipe, student, PROMPTS[:2], **{name: value})

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from helpers.training import losses, run
 from helpers.trajectories import assert_replays, captured
 from tiny import MAX_TOKENS, PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_sd3, tiny_student
+from zoo import CASES
+from zoo.case import image, images
 
-from t5slim.distill import capture
+from t5slim.distill import cache_teacher, capture, velocity_gap
 from t5slim.distill.objective import velocity_loss
 from t5slim.distill.pipeline import autocast_denoisers
 from t5slim.distill.replay import collate, predictions, split_trajectory
@@ -170,11 +174,18 @@ def test_capture_leaves_the_pipeline_as_it_was() -> None:
     attributes, level = set(vars(pipe)), logging.getLogger("diffusers").level
 
     def fail(*args: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise error
 
     handle = pipe.transformer.proj_out.register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    for error in (torch.OutOfMemoryError("x"), KeyboardInterrupt(), DistillError("x")):
+        with pytest.raises(type(error)) as raised:
+            captured(pipe, PROMPTS[:2])
+        assert raised.value is error
+    error = RuntimeError("a kernel failed")
+    named = r"FluxPipeline failed on a batch of 2.*'height'.*RuntimeError: a kernel failed"
+    with pytest.raises(DistillError, match=named) as raised:
         captured(pipe, PROMPTS[:2])
+    assert raised.value.__cause__ is error
     handle.remove()
     for _ in range(2):  # after a failure and a success
         assert set(vars(pipe)) == attributes
@@ -191,12 +202,68 @@ def test_capture_leaves_the_pipeline_as_it_was() -> None:
         ({"hight": 16}, "'hight', which FluxPipeline doesn't take"),
         ({"prompt": "a cat"}, "may not hold 'prompt'"),
         ({"prompt_embeds": torch.zeros(1)}, "may not hold 'prompt_embeds'"),
-        ({"num_images_per_prompt": 2}, "may not hold 'num_images_per_prompt'"),
+        ({"num_images_per_prompt": 2}, "may not hold 'num_images_per_prompt'.* take more seeds"),
+        ({"num_videos_per_prompt": 2}, "may not hold 'num_videos_per_prompt'"),
+        ({1: 2}, "holds 1, which FluxPipeline doesn't take"),
+        ({"height": "16"}, "FluxPipeline failed on a batch of 1.*TypeError"),
     ],
 )
 def test_bad_pipeline_kwargs(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
         capture(tiny_flux(), PROMPTS[:1], pipeline_kwargs=kwargs)
+
+
+GRIDS = [[[image(0), image(1)], [image(2), None]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "changes", "message"),
+    [
+        ("IFImg2ImgPipeline", 2, {"image": torch.rand(2, 3, 16, 16)}, ""),
+        ("IFImg2ImgPipeline", 2, {"image": torch.rand(1, 3, 16, 16)}, "image batch size: 1"),
+        ("VisualClozeGenerationPipeline", 1, {"image": GRIDS}, ""),
+        ("VisualClozeGenerationPipeline", 1, {"image": GRIDS[0]}, "one for each prompt"),
+        ("LTXImageToVideoPipeline", 2, {"image": images(2, 32)}, ""),
+        ("LTXImageToVideoPipeline", 2, {"image": image(size=32)}, "one for each prompt"),
+        ("StableDiffusion3Img2ImgPipeline", 2, {"image": image()}, "one for each prompt"),
+        ("WanVACEPipeline", 2, {}, "Passing a list of prompts is not yet supported"),
+        ("CogVideoXPipeline", 2, {"num_videos_per_prompt": 2}, "may not hold 'num_videos_per_"),
+    ],
+)
+def test_images_go_with_prompts(
+    name: str, prompts: int, changes: dict[str, Any], message: str
+) -> None:
+    case = CASES[name]
+    pipe, settings = case.pipe(), {"max_steps": 1, "batch_size": prompts}
+    arguments: Any = {"prompts": PROMPTS[:prompts], "pipeline_kwargs": case.call() | changes}
+    if not message:
+        assert velocity_gap(pipe, tiny_student(pipe), batch_size=prompts, **arguments) > 0
+        assert losses(run(pipe, **settings, **arguments))[0] > 0
+        return
+    with pytest.raises(DistillError, match=f"(?s){message}") as raised:
+        run(pipe, **settings, **arguments)
+    assert "scheduler" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["IFPipeline", "Kandinsky3Pipeline"])
+def test_the_fallback_leads_a_gradient_through_encode_prompt(name: str) -> None:
+    """Which these pipelines decorate with `torch.no_grad`."""
+    pipe, call = CASES[name].pipe(), CASES[name].call()
+    student = tiny_student(pipe)
+    trajectory, _, teacher = captured(pipe, PROMPTS[:2], pipeline_kwargs=call)
+    calls = split_trajectory(replace(trajectory, batch_dims=None))
+    found = predictions(pipe, calls, lambda i: encode_prompts(student, teacher, i, CPU))
+    sum(velocity_loss(p, c.target).sum() for p, c in zip(found, calls, strict=True)).backward()
+    assert all(weight.grad.norm() > 0 for weight in student.parameters())
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_annotations_need_no_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_flux()
+    monkeypatch.setitem(FluxPipeline.__init__.__annotations__, "vae", "OnlyForTypeCheckers")
+    cache_teacher(pipe, PROMPTS[:2], tmp_path, pipeline_kwargs=call_kwargs(pipe))
+    pipe.transformer = None
+    cache_teacher(pipe, PROMPTS[2:], tmp_path, pipeline_kwargs=call_kwargs(pipe))
 
 
 def test_a_random_scheduler_without_the_generator_is_refused() -> None:

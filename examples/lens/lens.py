@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from t5slim import SlimT5Encoder
 from t5slim.distill.pipeline import check_pipeline_kwargs, evaluating, generate, teacher_of
 from t5slim.distill.report import image_grid
+from t5slim.errors import DistillError
 from t5slim.slot import uncompiled
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -85,10 +86,12 @@ def lens(
         The images, by encoder and layer.
 
     Raises:
-        ValueError: no such layers; an encoder that isn't a T5; or a pipeline without images.
+        ValueError: no such layers; an encoder that isn't a T5; a pipeline without images; or
+            several prompts.
     """
-    kwargs = dict(pipeline_kwargs or {})
-    check_pipeline_kwargs(pipe, kwargs)
+    if not isinstance(prompt, str):
+        raise DistillError(f"prompt is {prompt!r}; expected one text: call lens for each.")
+    kwargs = check_pipeline_kwargs(pipe, pipeline_kwargs)
     teacher: Any = teacher_of(pipe)
     encoders = {"teacher": teacher, **(students or {})}
     chosen = {name: _layers(encoder, layers) for name, encoder in encoders.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from ..encoder import SlimT5Config, SlimT5Encoder
 from ..errors import ConfigError, DistillError, exit_on_error
@@ -35,8 +36,9 @@ from .teacher import cache_teacher, cached_teacher
 from .trainer import check_launch, train
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Prompts = str | list[str] | dict[str, Any]
+Prompts = str | list | dict[str, Any]  # not list[str], which jsonargparse copies for each str
 _parse_yaml = get_loader("yaml")
+_MAX_VALUES = 20_000  # in a run file, which has to be read in seconds
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class PipelineArguments:
     @cached_property
     def cls(self) -> Any:
         """The pipeline's class, for which no weights are loaded."""
-        return getattr(diffusers, self._read("load_config")["_class_name"])
+        return getattr(diffusers, str(self._read("load_config").get("_class_name")), None)
 
     def load(self, device: torch.device, without: Sequence[str] = ()) -> Any:
         """Load the pipeline.
@@ -93,14 +95,27 @@ class PipelineArguments:
         for name in ("revision", "variant", "cache_dir", "local_files_only"):
             kwargs[name] = getattr(self, name)
         with hub_errors(self.name_or_path):
-            return getattr(diffusers.DiffusionPipeline, method)(self.name_or_path, **kwargs)
+            load = getattr(diffusers.DiffusionPipeline, method)
+            return load(os.path.expanduser(self.name_or_path), **kwargs)
 
 
 def load_yaml(text: str) -> Any:
     """Load YAML without aliases: those of aliases can stand for more than fits in memory."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
-        raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
+    for number, event in enumerate(yaml.parse(text, loader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
+        if number > _MAX_VALUES:
+            raise yaml.YAMLError(f"It has over {_MAX_VALUES} values: put prompts in another file.")
+    nodes = [yaml.compose(text, loader)]
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):
+            keys = [str(key.value) for key, _ in node.value]
+            if len({*keys}) < len(keys):
+                raise yaml.YAMLError(f"It has one of these keys twice: {', '.join(keys):.300}")
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
     return _parse_yaml(text)
 
 
@@ -124,13 +139,13 @@ def parse_arguments(
     """
     try:
         given = parser.parse_args(arguments)
-    except (ArgumentError, ValueError, RecursionError) as error:  # not UTF-8; too deeply nested
+        del given["config"]
+        run, text = parser.instantiate(given), parser.dump(given, skip_unset=False)
+    except Exception as error:  # jsonargparse and yaml have no common base of theirs
         raise ConfigError(f"{error}\nAll arguments: {parser.prog} --help") from error
-    del given["config"]
-    run = parser.instantiate(given)
     if isinstance(run.pipeline, str):
         run.pipeline = PipelineArguments(run.pipeline)
-    return run, parser.dump(given, skip_unset=False)
+    return run, text
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, str]:
@@ -153,13 +168,16 @@ def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, st
 def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
     """Load, or make, the student that a mapping describes; the seed is that of fresh weights."""
     torch.manual_seed(seed)
-    match source:
-        case {"from_pretrained": name, **options}:
-            return SlimT5Encoder.from_pretrained(name, **options)
-        case {"from_t5": name, **options}:
-            return SlimT5Encoder.from_t5(name, **options)
-        case {"preset": name, **options}:
-            return SlimT5Encoder(SlimT5Config.preset(name, **options))
+    try:
+        match source:
+            case {"from_pretrained": name, **options}:
+                return SlimT5Encoder.from_pretrained(name, **options)
+            case {"from_t5": name, **options}:
+                return SlimT5Encoder.from_t5(name, **options)
+            case {"preset": name, **options}:
+                return SlimT5Encoder(SlimT5Config.preset(name, **options))
+    except TypeError as error:  # of an option
+        raise ConfigError(f"student: {source}: {error}") from error
     raise ConfigError(f"student: {source}; expected from_pretrained, from_t5 or preset.")
 
 
@@ -209,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_launch(config)
         # Not PartialState, which ignores ACCELERATE_USE_CPU.
         accelerator = Accelerator(mixed_precision="no")
-        folder = Path(run.output_dir)
+        folder = Path(os.path.expanduser(run.output_dir))
         if not run.resume:
             check_output_dir(folder, False, {})
         TextSlot(run.pipeline.cls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
-from ..errors import DistillError
+from ..errors import ConfigError, DistillError
 from ..patch import check_fit
-from ..slot import TextSlot
+from ..slot import TextSlot, compute_dtype, uncompiled
 from .objective import velocity_loss
-from .pipeline import evaluating, teacher_of
+from .pipeline import batches_of, evaluating, lacks_weights, teacher_of
 from .prompts import Prompts, PromptSource
 from .replay import NO_PROMPT, Call, EmbeddingsOf, predictions, split_trajectory
 from .teacher import TeacherEmbeddings, encode_prompts
@@ -68,7 +69,7 @@ class GapReport:
 
 def velocity_gap(
     pipe: Any,
-    student: nn.Module,
+    student: nn.Module | str | os.PathLike[str],
     prompts: Prompts,
     *,
     pipeline_kwargs: Mapping[str, Any] | None = None,
@@ -86,7 +87,7 @@ def velocity_gap(
 
     Args:
         pipe: A pipeline with the teacher in its text slot, in the precision to measure in.
-        student: An encoder for that slot, on the pipeline's device.
+        student: An encoder for that slot, on the pipeline's device; or a student's folder or id.
         prompts: Prompts that the student wasn't trained on, as a list or a text file.
         pipeline_kwargs: How to call the pipeline, as for `capture`.
         seed: Of the noise that the trajectories start from.
@@ -102,22 +103,31 @@ def velocity_gap(
             predictions don't depend on the prompt.
         IncompatibleStudentError: The student has another vocabulary or embedding width.
     """
-    check_student(pipe, student)
+    student = check_student(pipe, student)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     return VelocityGap(pipe, prompts, pipeline_kwargs=pipeline_kwargs, **options)(student)
 
 
-def check_student(pipe: Any, student: nn.Module) -> None:
+def check_student(pipe: Any, student: Any) -> nn.Module:
     """Refuse a student that doesn't fit the pipeline, or that is the teacher itself."""
-    memory = {parameter.data_ptr() for parameter in student.parameters()}
-    if any(parameter.data_ptr() in memory for parameter in teacher_of(pipe).parameters()):
-        raise DistillError(
-            "The student is the teacher, or shares its weights: the text slot of this "
-            f"{type(pipe).__name__} must hold the T5 that is to be learned from. Of a patched "
-            "pipeline, call t5slim.unpatch_pipeline(pipe) first."
-        )
-    if isinstance(student, SlimT5Encoder):
-        check_fit(student.config, TextSlot(pipe))
+    teacher = teacher_of(pipe)
+    if not isinstance(student, nn.Module):
+        student = SlimT5Encoder.from_pretrained(student, dtype=compute_dtype(teacher))
+        student.to(pipe._execution_device)
+    if lacks_weights(student):
+        raise DistillError("The student has no weights: it is on the meta device. Load it again.")
+    memory = {parameter.data_ptr() for parameter in student.parameters()} - {0}  # of no memory
+    for name, part in pipe.components.items():
+        parameters = part.parameters() if isinstance(part, nn.Module) else ()
+        if any(parameter.data_ptr() in memory for parameter in parameters):
+            raise DistillError(
+                "The student is the teacher, or shares its weights or another component's: some "
+                f"are in the {name} of this {type(pipe).__name__}. It must have its own, and the "
+                "text slot the T5 to be learned from: see t5slim.unpatch_pipeline(pipe)."
+            )
+    if isinstance(uncompiled(student), SlimT5Encoder):
+        check_fit(uncompiled(student).config, TextSlot(pipe))
+    return student
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,9 @@ class VelocityGap:
         batch_size: int = 16,
         decode: bool = False,
     ) -> None:
+        teacher_of(pipe)
+        if not isinstance(seed, int):
+            raise ConfigError(f"seed is {seed!r}; expected an integer.")
         self.prompts = PromptSource(prompts).all()
         self.images: list[Image.Image] = []
         self._pipe = pipe
@@ -163,9 +176,8 @@ class VelocityGap:
         self._teacher = TeacherEmbeddings()
         self._batches: list[_Batch] = []
         options: Any = {"pipeline_kwargs": pipeline_kwargs, "decode": decode, "layouts": {}}
-        starts = range(0, len(self.prompts), batch_size)
-        for i, start in enumerate(tqdm(starts, desc="capture for the velocity gap", leave=False)):
-            batch = self.prompts[start : start + batch_size]
+        batches = batches_of(self.prompts, batch_size)
+        for i, batch in enumerate(tqdm(batches, desc="capture for the velocity gap", leave=False)):
             seeds = [seed] * len(batch) if decode else seed + i
             trajectory = capture(pipe, batch, seed=seeds, teacher=self._teacher, **options)
             if decode and len(trajectory.images) != len(batch):
@@ -175,7 +187,7 @@ class VelocityGap:
                 )
             self.images += trajectory.images
             self._calls = len(trajectory.denoiser_calls)
-            self._batches.append(self._batch(trajectory, start))
+            self._batches.append(self._batch(trajectory, i * batch_size))
         self._denominators = self._distances(self._of_empty_prompt)
         if not self._denominators.sum() > 0:
             raise DistillError(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..errors import DistillError
+from ..errors import ConfigError, DistillError, T5SlimError
 from ..slot import TextSlot, compute_dtype, is_modular, stages, uncompiled
 
 # What a pipeline may call for a prediction: Wan 2.2 has two experts, Kandinsky 3 a UNet.
@@ -29,6 +29,7 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 RESERVED_KWARGS = ("prompt", "generator", "latents", "output_type", "return_dict")
 _RESERVED_SUFFIXES = ("prompt_embeds", "_per_prompt")  # num_images_per_prompt
 _TEXT_ARGUMENT = re.compile(r"(.+_)?prompt(_\d)?")  # negative_prompt_2, prompt_3, content_prompt
+_PASSING = (T5SlimError, torch.OutOfMemoryError, MemoryError)  # through a pipeline's call
 _WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # of every function that it decorates
 
 Path = tuple[Any, ...]  # keys and indices that lead to a tensor, such as ("added_cond_kwargs", "x")
@@ -50,12 +51,18 @@ def teacher_of(pipe: Any) -> Any:
             "Build a whole one from its components: FluxPipeline(vae=pipe.vae, ...)."
         )
     slot = TextSlot(pipe)
-    if slot.encoder is None:
+    if slot.encoder is None or lacks_weights(slot.encoder):
         raise DistillError(
-            f"{type(pipe).__name__}.{slot.name} is None: there is no teacher to learn from. Load "
-            "the pipeline with its T5, or work within t5slim.distill.cached_teacher(pipe, folder)."
+            f"{slot} is None, or on the meta device: there is no teacher to learn from. Load the "
+            "pipeline with its T5, or work within t5slim.distill.cached_teacher(pipe, folder)."
         )
     return slot.encoder
+
+
+def lacks_weights(module: nn.Module) -> bool:
+    """Whether a module is on the meta device, and no offload hook has its weights."""
+    offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())
+    return not offloaded and any(weight.is_meta for weight in module.parameters())
 
 
 def encoded_by(student: Callable[..., Any], pipe: Any) -> Encode:
@@ -102,14 +109,15 @@ def run_pipeline(
             "with the pipeline that reads its output, and patch both."
         )
     # Some pipelines take a string for the whole batch and some only a list: all take the list. And
-    # some (Wan-VACE) take no batch, nor a list of one: all take a string.
-    one = len(prompts) == 1
+    # some (Wan-VACE) take no batch, nor a list of one: all take a string, but VisualCloze, which
+    # would take its list of grids of images for one grid. By name: `task_prompt`; Kontext and many
+    # video pipelines take an image first.
+    names = list(inspect.signature(type(pipe).__call__).parameters)
+    one = len(prompts) == 1 and "task_prompt" not in names
     kwargs = dict(pipeline_kwargs)
     for name, value in pipeline_kwargs.items():
         if _TEXT_ARGUMENT.fullmatch(name) and isinstance(value, str) and not one:
             kwargs[name] = [value] * len(prompts)
-    # By name: Kontext and many video pipelines take an image first. VisualCloze: `task_prompt`.
-    names = list(inspect.signature(type(pipe).__call__).parameters)
     kwargs["prompt" if "prompt" in names else names[1]] = prompts[0] if one else list(prompts)
 
     def encoder_forward(
@@ -132,8 +140,15 @@ def run_pipeline(
         return denoise(name, forward, kwargs)
 
     # From under its `torch.no_grad` decorator.
+    grad = grad and torch.is_grad_enabled()
     call = partial(inspect.unwrap(type(pipe).__call__), pipe) if grad else pipe
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # tensors of which have no version
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if grad and hasattr(pipe, "encode_prompt") and "encode_prompt" not in vars(pipe):
+            # DeepFloyd IF and Kandinsky 3 decorate this, too.
+            vars(pipe)["encode_prompt"] = partial(inspect.unwrap(type(pipe).encode_prompt), pipe)
+            stack.callback(vars(pipe).pop, "encode_prompt")
         # No progress bar, nor the warning of truncated prompts in every batch.
         stack.callback(logging.set_verbosity, logging.get_verbosity())
         logging.set_verbosity_error()
@@ -147,18 +162,24 @@ def run_pipeline(
                 # Perturbed-attention guidance sets others, and leaves them if it is interrupted.
                 stack.callback(module.set_attn_processor, dict(attention))
             stack.enter_context(intercept(module, partial(denoiser_forward, name)))
-        seeds = [seed] if isinstance(seed, int) else seed
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        generator = generators[0] if len(generators) == 1 else generators
         # Some draw beside their generator: ControlNets of SD3 and HunyuanDiT encode images so.
         device = pipe._execution_device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(seeds[0])
         try:
+            seeds = [seed] if isinstance(seed, int) else seed
+            generators = [torch.Generator().manual_seed(s) for s in seeds]
+            generator = generators[0] if len(generators) == 1 else generators
+            torch.manual_seed(seeds[0])
             return call(generator=generator, output_type=output_type, **kwargs)
-        except BaseException:
+        except BaseException as error:
             pipe.maybe_free_model_hooks()  # as the end of the call, which wasn't reached, does
-            raise
+            if not isinstance(error, Exception) or isinstance(error, _PASSING):
+                raise
+            raise DistillError(
+                f"{type(pipe).__name__} failed on a batch of {len(prompts)}, with pipeline_kwargs "
+                f"{[*pipeline_kwargs]}: {type(error).__name__}: {error}\nIf there are images among "
+                "them, pass one for each prompt, as a list, and their number as batch_size."
+            ) from error
 
 
 def generate(
@@ -183,7 +204,7 @@ def tokenize(
         then of the negative prompts. Some pipelines encode each prompt alone, with B = 1.
     """
 
-    class Reached(Exception):
+    class Reached(BaseException):  # no failure of the pipeline
         pass
 
     calls: list[tuple[Tensor, Tensor | None]] = []
@@ -198,12 +219,11 @@ def tokenize(
         raise Reached
 
     with suppress(Reached), ExitStack() as stack:
-        hints = get_type_hints(type(pipe).__init__)
-        names = [name for name in DENOISERS if name in hints]
-        if names and not denoisers(pipe):
+        types = {} if denoisers(pipe) else type(pipe)._get_signature_types()
+        if names := [name for name in DENOISERS if name in types]:
             # A denoiser without weights: pipelines ask it for the size of the latents, which the
             # text doesn't depend on. So it has the default config of its class.
-            (cls,) = {*get_args(hints[names[0]])} - {type(None)} or {hints[names[0]]}
+            cls, *_ = types[names[0]]
             with torch.device("meta"):
                 denoiser = cls()
             # Not the pipeline's own `__setattr__`, which would note it in model_index.json.
@@ -213,22 +233,34 @@ def tokenize(
     return calls
 
 
-def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any]) -> None:
+def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Refuse names that a pipeline, or class of them, doesn't take, or that the library sets."""
     cls = pipe if isinstance(pipe, type) else type(pipe)
+    if not isinstance(pipeline_kwargs, Mapping | None):
+        raise DistillError(f"pipeline_kwargs is {pipeline_kwargs!r:.80}; expected a mapping.")
+    pipeline_kwargs = dict(pipeline_kwargs or {})
     parameters = inspect.signature(cls.__call__).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in pipeline_kwargs:
-        if name in RESERVED_KWARGS or name.endswith(_RESERVED_SUFFIXES):
+        if name in RESERVED_KWARGS or str(name).endswith(_RESERVED_SUFFIXES):
             raise DistillError(
                 f"pipeline_kwargs may not hold {name!r}: the prompts and "
-                f"{', '.join(RESERVED_KWARGS[1:])} are set by distillation itself."
+                f"{', '.join(RESERVED_KWARGS[1:])} are set by distillation itself. For several "
+                "images or videos of a prompt, take more seeds."
             )
         if name not in parameters and not open_ended:
             raise DistillError(
                 f"pipeline_kwargs holds {name!r}, which {cls.__name__} doesn't take. It "
                 f"takes {', '.join(p for p in parameters if p != 'self')}."
             )
+    return pipeline_kwargs
+
+
+def batches_of(prompts: Sequence[str], batch_size: int) -> list[list[str]]:
+    """Cut prompts into batches, of which the last may be smaller."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size!r}; expected a positive integer.")
+    return [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
 
 
 def check_no_cache(pipe: Any) -> None:
@@ -287,10 +319,9 @@ def frozen(pipe: Any, gradient_checkpointing: bool) -> Iterator[None]:
     """Disable gradients and dropout of all components; afterwards they are as before."""
     with ExitStack() as stack:
         for module in pipe.components.values():
-            for part in module.modules() if isinstance(module, nn.Module) else ():
-                stack.callback(setattr, part, "training", part.training)
-                part.training = False
-                for parameter in part.parameters(recurse=False):
+            if isinstance(module, nn.Module):
+                stack.enter_context(evaluating(module))
+                for parameter in module.parameters():
                     stack.callback(parameter.requires_grad_, parameter.requires_grad)
                     parameter.requires_grad_(False)
         for denoiser in denoisers(pipe).values():
@@ -308,12 +339,13 @@ def frozen(pipe: Any, gradient_checkpointing: bool) -> Iterator[None]:
 @contextmanager
 def evaluating(student: nn.Module) -> Iterator[None]:
     """The student in eval mode; afterwards in the mode that it was in."""
-    training = student.training
+    modes = [(part, part.training) for part in student.modules()]
     student.eval()
     try:
         yield
     finally:
-        student.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 # --- calls, and the tensors in them ---

@@ -274,7 +274,8 @@ def _predict_through_pipeline(
                 raise DistillError(
                     f"{type(pipe).__name__}, run again from the same seed, called its denoiser "
                     f"with another {'/'.join(map(str, path))}: its trajectory can't be learned "
-                    "from. Check that its scheduler draws its noise from the pipeline's generator."
+                    "from. Either its noise isn't drawn from the pipeline's generator (check the "
+                    "scheduler), or this depends on T5's output, and no gradient passes there."
                 )
         if i in indices:
             found.append(first_tensor(forward(**kwargs)))

@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, T5Config
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..errors import DistillError
-from ..hub import read_json, write_atomic
+from ..errors import ConfigError, DistillError
+from ..hub import hub_errors, read_json, write_atomic
 from ..slot import TextSlot, check_device_map
 from .pipeline import (
+    batches_of,
     call_encoder,
     check_pipeline_kwargs,
-    frozen,
+    evaluating,
     teacher_of,
     tensor_sha256,
     tokenize,
@@ -169,6 +170,16 @@ def prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
 # --- on disk ---
 
 
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make a folder, if it isn't there; `~` is the user's home."""
+    path = Path(os.path.expanduser(str(folder)))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise ConfigError(f"{str(path)!r} can't be made a folder: {error}") from error
+    return path
+
+
 class TeacherCache:
     """The embeddings of one teacher, in a folder that several processes may read and fill.
 
@@ -177,13 +188,19 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(str(folder)))
         if not (file := self.folder / _TEACHER_FILE).is_file():
             raise DistillError(
                 f"{str(self.folder)!r} holds no cached embeddings: it has no {_TEACHER_FILE}. "
                 "t5slim.distill.cache_teacher makes one, from a pipeline with its T5."
             )
         self.teacher = read_json(file)
+        try:
+            width, dtype = self.teacher["width"], getattr(torch, self.teacher["dtype"])
+            self.like = torch.empty(0, width, dtype=dtype)  # embeddings of no token
+            os.fspath(self.teacher["name_or_path"])
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise ConfigError(f"{file} is damaged: {error!r}. Pass another folder.") from error
 
     def check(self, teacher: Mapping[str, Any]) -> None:
         """Raise a DistillError for another teacher; what isn't known of it isn't compared."""
@@ -205,21 +222,25 @@ class TeacherCache:
             with safe_open(file, "pt") as content:
                 embeddings = content.get_tensor("embeddings")
                 if (content.metadata() or {}).get("sha256") == tensor_sha256(embeddings):
+                    kind = (*embeddings.shape[1:], embeddings.dtype)
+                    if kind != (*self.like.shape[1:], self.like.dtype):
+                        raise DistillError(f"{file} has {kind}, unlike its {_TEACHER_FILE}.")
                     return embeddings
         except FileNotFoundError:
             return None
-        except SafetensorError:
+        except (SafetensorError, OSError):
             pass
         logger.warning("%s is damaged: its prompt has to be encoded again.", file)
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # in a folder that is read only
+            file.unlink(missing_ok=True)
         return None
 
     def add(self, key: str, embeddings: Tensor) -> None:
         """Write the embeddings (S, D) of a prompt, in whole or not at all."""
         content = {"embeddings": embeddings.detach().cpu().contiguous()}
         file = self.file(key)
-        file.parent.mkdir(exist_ok=True)
-        write_atomic(file, save(content, {"sha256": tensor_sha256(embeddings)}))
+        with hub_errors(str(file)):
+            write_atomic(file, save(content, {"sha256": tensor_sha256(embeddings)}))
 
     def file(self, key: str) -> Path:
         """The file of a prompt's embeddings, which needn't be there."""
@@ -232,14 +253,13 @@ class CachedTeacher(PreTrainedModel):
     config_class = T5Config
 
     def __init__(self, cache: TeacherCache, tokenizer: Any) -> None:
-        config = T5Config(d_model=cache.teacher["width"])
+        config = T5Config(d_model=cache.like.shape[1])
         config.name_or_path = cache.teacher["name_or_path"]
         super().__init__(config)
         self._cache = cache
         self._tokenizer = tokenizer
         # Where pipelines find the dtype and the device. A layer, as offload hooks go on layers.
-        zero = torch.zeros(1, 1, dtype=getattr(torch, cache.teacher["dtype"]))
-        self.marker = nn.Embedding.from_pretrained(zero)
+        self.marker = nn.Embedding.from_pretrained(cache.like.new_zeros(1, 1))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
@@ -332,26 +352,25 @@ def cache_teacher(
         DistillError: No prompts; `pipeline_kwargs` that the pipeline doesn't take; the folder of
             another teacher; or no T5, and prompts that aren't cached.
     """
-    kwargs = dict(pipeline_kwargs or {})
-    texts = [*dict.fromkeys([*PromptSource(prompts).all(), ""])]
-    check_pipeline_kwargs(pipe, kwargs)
     description, teacher = describe_teacher(pipe), TeacherEmbeddings()
+    kwargs = check_pipeline_kwargs(pipe, pipeline_kwargs)
+    texts = [*dict.fromkeys([*PromptSource(prompts).all(), ""])]
+    batches = batches_of(texts, batch_size)
     has_teacher = "weights" in description
-    if has_teacher and not (file := Path(folder) / _TEACHER_FILE).exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+    if has_teacher and not (file := make_folder(folder) / _TEACHER_FILE).exists():
         write_atomic(file, (json.dumps(description, indent=2) + "\n").encode())
     cache = TeacherCache(folder)
     cache.check(description)
     with ExitStack() as stack:
         if not has_teacher:
             stack.enter_context(cached_teacher(pipe, cache))
-        stack.enter_context(frozen(pipe, gradient_checkpointing=False))
-        for start in tqdm(range(0, len(texts), batch_size), desc="tokenize", unit="batch"):
-            for ids, mask in tokenize(pipe, texts[start : start + batch_size], kwargs):
+        stack.enter_context(evaluating(teacher_of(pipe)))
+        for batch in tqdm(batches, desc="tokenize", unit="batch"):
+            for ids, mask in tokenize(pipe, batch, kwargs):
                 # As `VelocityGap` pads it; nearly always also the pipeline's own empty prompt.
                 teacher.add_empty(TextSlot(pipe).tokenizer, teacher.add(ids, mask))
                 device = ids.device  # not the encoder's, if that is offloaded
-        keys = {i: key for key, i in teacher.indices.items() if not cache.file(key).exists()}
+        keys = {i: key for key, i in teacher.indices.items() if not cache.file(key).is_file()}
         encoded = teacher.encode_each(teacher_of(pipe), [*keys], device)
         for i, embeddings in tqdm(encoded, "encode by the teacher", total=len(keys)):
             cache.add(keys[i], embeddings)
@@ -362,13 +381,13 @@ def cache_teacher(
 def describe_teacher(pipe: Any) -> dict[str, Any]:
     """Facts of the T5 that belongs to a pipeline, for `TeacherCache`; as far as they are known."""
     slot = TextSlot(pipe)
+    encoder = slot.encoder
     vocabulary = sorted(slot.tokenizer.get_vocab().items())
     facts = {
         "width": slot.width,
         "tokenizer": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
     }
-    encoder = slot.encoder
-    if encoder is None or isinstance(encoder, CachedTeacher):
+    if encoder is None or isinstance(teacher_of(pipe), CachedTeacher):
         return facts
     with slot.offload_paused():  # under sequential offload, weights are on the meta device
         weights = fingerprint(encoder)

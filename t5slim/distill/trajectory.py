@@ -24,6 +24,7 @@ from .pipeline import (
     Encode,
     Path,
     check_no_cache,
+    check_pipeline_kwargs,
     denoisers,
     first_tensor,
     map_tensors,
@@ -147,7 +148,9 @@ def capture(
     """
     check_no_cache(pipe)
     layouts = {} if layouts is None else layouts
-    request = Trajectory(tuple(prompts), dict(pipeline_kwargs or {}), seed, zero_pooled)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    kwargs = check_pipeline_kwargs(pipe, pipeline_kwargs)
+    request = Trajectory(tuple(prompts), kwargs, seed, zero_pooled)
     teacher = TeacherEmbeddings() if teacher is None else teacher
     record = partial(_record, pipe, request, teacher, decode)
     if _FALLBACK not in layouts:
@@ -158,7 +161,7 @@ def capture(
                 for call in trajectory.denoiser_calls
                 for path, tensor in tensors_in(call.kwargs).items()
             ]
-            key = (len(prompts), *shapes)
+            key = (len(request.prompts), *shapes)
             if key not in layouts:
                 _check_gather(pipe, trajectory, teacher)
                 layouts[key] = _batch_dims(pipe, trajectory, teacher)
@@ -319,6 +322,8 @@ def _batch_dims(
 
     def one_more(values: Any) -> Any:
         # Some take an image for each prompt (DeepFloyd IF): a list of them has one more, too.
+        if isinstance(values, Tensor) and values.ndim > 3 and len(values) == len(prompts):
+            return torch.cat([values, values[:1]])
         of_prompts = isinstance(values, list) and len(values) == len(prompts)
         numbers = of_prompts and isinstance(values[0], (int, float))
         return [*values, values[0]] if of_prompts and not numbers else values
@@ -351,7 +356,7 @@ def _batch_dims(
         run_again(pipe, more, teacher.encode, compare_shapes)
     except NotAGather:
         raise
-    except Exception as refusal:  # such as CogVideoX, which wants an image for each prompt
-        reason = f"it can't be called with one prompt more ({type(refusal).__name__})"
+    except DistillError as refusal:  # such as CogVideoX, which wants an image for each prompt
+        reason = f"it can't be called with one prompt more ({type(refusal.__cause__).__name__})"
         raise NotAGather(reason) from refusal
     return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 import timeit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
-from pathlib import Path
+from operator import index
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
@@ -24,7 +24,9 @@ from tqdm.auto import tqdm
 
 from ..distill.metrics import VelocityGap, check_student
 from ..distill.pipeline import (
+    batches_of,
     call_encoder,
+    check_pipeline_kwargs,
     encoded_by,
     evaluating,
     generate,
@@ -33,11 +35,10 @@ from ..distill.pipeline import (
 )
 from ..distill.prompts import PromptSource
 from ..distill.report import peak_memory_gib, reset_peak_memory
-from ..distill.teacher import CachedTeacher
-from ..encoder import SlimT5Encoder
+from ..distill.teacher import CachedTeacher, make_folder
 from ..errors import ConfigError
 from ..patch import is_student, patch_pipeline, student_config, unpatch_pipeline
-from ..slot import TextSlot, uncompiled
+from ..slot import TextSlot
 from .result import LABELS, SAMPLE_KEYS, TEACHER, Comparison
 
 Judge = Callable[[Image.Image, str], Mapping[str, float]]
@@ -82,20 +83,21 @@ def compare(
 
     Raises:
         ConfigError: No students, prompts or seeds, or two of one name; or a judge or distance
-            that uses another measure's name.
-        TypeError, ValueError: A judge or distance returns no number.
+            that uses another measure's name, fails, or returns no number; or a name of more than
+            one line.
         NoT5SlotError, PatchError: The pipeline has no T5, or it wasn't kept.
         IncompatibleStudentError: A student has another vocabulary, or another output width.
         DistillError: As for `velocity_gap`; or the pipeline generates no images.
     """
-    replacement, kwargs = TextSlot(pipe).encoder, dict(pipeline_kwargs or {})
+    replacement, kwargs = TextSlot(pipe).encoder, check_pipeline_kwargs(pipe, pipeline_kwargs)
     if students is None and is_student(replacement):
         students = replacement
-    named, table = check_request(students, prompts, seeds, output_dir)
+    named, table, seeds = check_request(students, prompts, seeds, output_dir)
     texts = list(table["prompt"])
-    batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+    batches = batches_of(texts, batch_size)
     distances = DISTANCES if distances is None else distances
-    blank = Image.new("RGB", (kwargs.get("width") or 512, kwargs.get("height") or 512))
+    sizes = [kwargs.get(name) for name in ("width", "height")]
+    blank = Image.new("RGB", [n if n and n in range(4096) else 512 for n in sizes])
     _measures(blank, blank, texts[0], distances, judge)
 
     samples: list[pd.DataFrame] = []
@@ -109,9 +111,7 @@ def compare(
         device = torch.device(pipe._execution_device)
         encoders = {TEACHER: teacher}
         for name, student in named.items():
-            if not isinstance(student, nn.Module):
-                student = SlimT5Encoder.from_pretrained(student, dtype=teacher.dtype)
-            check_student(pipe, uncompiled(student))
+            student = check_student(pipe, student)
             stack.callback(student.to, next(student.parameters()).device)
             encoders[name] = student.to(device)
         for encoder in encoders.values():
@@ -159,40 +159,53 @@ def compare(
 
 
 def check_request(
-    students: Any, prompts: Any, seeds: Sequence[int], output_dir: Any
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Check what needs no pipeline; return students by name, and the prompts with categories."""
+    students: Any, prompts: Any, seeds: Any, output_dir: Any
+) -> tuple[dict[str, Any], pd.DataFrame, list[int]]:
+    """Check what needs no pipeline; return students by name, prompts with categories, and seeds."""
     named = students
     if not isinstance(students, Mapping):
-        one = isinstance(students, (str, os.PathLike, nn.Module))
-        given = [students] if one else list(students or ())
+        single = (str, os.PathLike, nn.Module)
+        several = isinstance(students, Iterable | None) and not isinstance(students, single)
+        given = list(students or ()) if several else [students]
         named = {_place(student) or f"student {i}": student for i, student in enumerate(given, 1)}
         if len(named) < len(given):
             raise ConfigError("Two students have one name: pass a mapping of names to students.")
     if not named or TEACHER in named:
         raise ConfigError(f"Got students {[*named]}; expected one or more, none {TEACHER!r}.")
-    for student in named.values():
-        if not isinstance(student, nn.Module):
-            student_config(student)
     parts = prompts
     if not isinstance(prompts, Mapping) or _FORMS & prompts.keys():
         parts = {None: prompts}
+    _check_names(named, {*parts} - {None})
+    for student in named.values():
+        if not isinstance(student, nn.Module):
+            student_config(student)
     sources = {category: PromptSource(part) for category, part in parts.items()}
     pairs = [(text, category) for category, source in sources.items() for text in source.all()]
     table = pd.DataFrame(pairs, columns=["prompt", "category"])
+    try:
+        seeds = [index(seed) for seed in seeds]
+    except TypeError as error:
+        raise ConfigError(f"Got seeds {seeds!r:.80}; expected integers, as a list.") from error
     for name, values in (("prompts", list(table["prompt"])), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
-            raise ConfigError(f"Got {name} {values}; expected one or more, and each once.")
+            raise ConfigError(f"Got {name} {values!s:.200}; expected one or more, and each once.")
     if output_dir is not None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-    return dict(named), table
+        make_folder(output_dir)
+    return dict(named), table, seeds
+
+
+def _check_names(*names: Iterable[Any]) -> None:
+    """Refuse names that a table or page can't show: they have one line of printable text."""
+    for name in chain(*names):
+        if not (isinstance(name, str) and name.isprintable()):
+            raise ConfigError(f"{name!r} is no name; expected one line of printable text.")
 
 
 def _place(encoder: Any) -> str:
     """Folder or Hub id of an encoder, empty for one that was never saved."""
     if isinstance(encoder, nn.Module):
         return getattr(getattr(encoder, "config", None), "name_or_path", None) or ""
-    return os.fspath(encoder)
+    return str(encoder)
 
 
 def _costs(
@@ -222,14 +235,23 @@ def _measures(
     judge: Judge | None,
 ) -> dict[str, float]:
     """Distances to the teacher's image (NaN, if there is none) and scores of the judge, by name."""
-    measures = {
-        name: math.nan if other is None else distance(image, other)
-        for name, distance in distances.items()
-    }
-    scores = {} if judge is None else dict(judge(image, text))
+    try:
+        measures = {
+            name: math.nan if other is None else float(distance(image, other))
+            for name, distance in distances.items()
+        }
+        scores = {} if judge is None else dict(judge(image, text))
+        scores = {name: float(value) for name, value in scores.items()}
+    except Exception as error:  # of the user's code, or of what it returns
+        raise ConfigError(
+            f"A judge or distance failed ({type(error).__name__}: {error}). Expected "
+            "judge(image, prompt), which returns numbers by name, such as {'clip': 0.3}; and "
+            "distances such as {'l1': f}, where f(image, teacher_image) returns a number."
+        ) from error
+    _check_names(measures, scores)
     if taken := measures.keys() & scores | _RESERVED & {*measures, *scores}:
         raise ConfigError(f"{min(taken)!r} is the name of another measure. Pick another.")
-    return {name: float(value) for name, value in (measures | scores).items()}
+    return measures | scores
 
 
 # (1, 3, H, W) from 0 to 1

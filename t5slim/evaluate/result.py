@@ -17,6 +17,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from PIL import Image
 
 from ..distill.report import image_grid
+from ..distill.teacher import make_folder
 
 TEACHER = "teacher"
 LABELS = {
@@ -115,8 +116,7 @@ class Comparison:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `comparison.json`, `.png` and `.html` into a folder; return the page."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         content = {
             "facts": self.facts,
             "means": self.means().T.to_dict(),

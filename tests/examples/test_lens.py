@@ -10,6 +10,7 @@ from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, component, tiny_flux, tin
 from transformers import T5EncoderModel, UMT5EncoderModel
 
 from t5slim import patch_pipeline
+from t5slim.errors import DistillError
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "chroma"])
@@ -66,3 +67,6 @@ def test_what_has_no_layers_or_no_images_is_refused() -> None:
         lens(pipe, PROMPTS[0], {"x": torch.nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="generates no images"):
         lens(tiny_ltx(), PROMPTS[0], layers=[0], pipeline_kwargs=call_kwargs(tiny_ltx()))
+    for prompts in (PROMPTS[:2], PROMPTS[:1], tuple(PROMPTS[:2])):
+        with pytest.raises(DistillError, match="expected one text: call lens for each"):
+            lens(pipe, prompts, layers=[0], pipeline_kwargs=call_kwargs(pipe))
