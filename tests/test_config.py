@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from t5slim.distill import DistillConfig
@@ -21,12 +23,28 @@ from t5slim.errors import ConfigError
         {"objective": {"velocity": 0}},
         {"annealing": 1.5},
         {"seed": 2**31},
+        {"max_steps": 10**9},
+        {"batch_size": 0},
+        {"keep_checkpoints": True},
+        {"gradient_accumulation_steps": "2"},
+        {"max_grad_norm": 10**400},
+        {"objective": {"velocity": True}},
+        {"gradient_checkpointing": "no"},
+        {"mixed_precision": []},
+        {"trackers": [["wandb"]]},
+        {"guidance_scales": [1, "2"]},
     ],
     ids=str,
 )
 def test_bad_values_are_refused_by_name(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{next(iter(changes))}.*expected"):
         DistillConfig(**changes)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons() -> None:
+    config = DistillConfig(batch_size=np.int64(4), reuse=np.float32(1.5), zero_pooled=np.bool_(1))
+    assert config == DistillConfig(batch_size=4, reuse=1.5, zero_pooled=True)
+    assert json.dumps(vars(config))
 
 
 def test_the_papers_settings() -> None:

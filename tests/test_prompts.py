@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy
+import pandas
+import pyarrow
 import pytest
 
 from t5slim.distill import generate_prompts, split_held_out
@@ -98,6 +104,28 @@ def test_errors_name_the_file_and_the_place(case: str, tmp_path: Path) -> None:
         load_prompts(tmp_path / name)
 
 
+ROWS = datasets.Dataset.from_dict({"caption": PROMPTS, "url": ["u"] * len(PROMPTS)})
+COLUMNS: dict[str, Any] = {
+    "pandas": ROWS.to_pandas()["caption"],
+    "arrow": pyarrow.array(PROMPTS),
+    "chunks": pyarrow.table({"caption": PROMPTS})["caption"],
+    "datasets": ROWS["caption"],
+    "streamed": ROWS.to_iterable_dataset()["caption"],
+    "numpy": numpy.array(PROMPTS),
+    "generator": (prompt for prompt in PROMPTS),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_a_column_of_each_kind(kind: str) -> None:
+    assert load_prompts(COLUMNS[kind]) == PROMPTS
+
+
+def failing() -> Iterator[str]:
+    yield "a"
+    raise ConnectionError("the line broke")
+
+
 TABLE = type("Table", (), {"columns": ("caption", "url")})
 WRONG: list[tuple[Any, str]] = [
     ("a red circle", "is no such file; expected a list of prompts"),
@@ -115,6 +143,25 @@ WRONG: list[tuple[Any, str]] = [
     (["a", 3], "list, prompt 2: 3; expected text"),
     (["a", "\ud83d"], r"list, prompt 2: '\\ud83d'; expected text, in UTF-8"),
     ({"a", "b"}, r"Got a set; expected a list: .*; of a set, sorted\(prompts\)"),
+    (frozenset("ab"), r"Got a frozenset; expected a list"),
+    (ROWS, r"Got a Dataset; expected a list: of a table, list\(table\['caption'\]\)"),
+    (ROWS.to_iterable_dataset(), r"Got a IterableDataset; expected a list: of a table, list"),
+    (ROWS.to_pandas(), r"Got a DataFrame; expected a list: of a table, list\(table\['caption'"),
+    (pyarrow.table({"a": ["b"]}), r"of a table, table\['caption'\]\.to_pylist\(\)"),
+    ({"caption": PROMPTS}, r"keyword argument 'caption'.*of a table, list\(table\['caption'\]\)"),
+    ([{"caption": "a"}], r"list, prompt 1: \{'caption': 'a'\}; expected text"),
+    ([b"a"], "list, prompt 1: b'a'; expected text"),
+    (["a", None], "list, prompt 2: None; expected text"),
+    (pandas.Series(["a", None]), "list, prompt 2: nan; expected text"),
+    (numpy.array("a"), "0-d array.*expected"),
+    (5, "'int' object is not iterable.*expected"),
+    (failing(), "generator object failing.*the line broke.*expected"),
+    ({"generator": lambda _: 1 / 0}, "division by zero.*expected"),
+    ({"generator": "compositional", "count": 10**12}, "count is 10+; expected at most 1,000,000"),
+    (itertools.repeat(" "), "list holds no prompts"),
+    (["a" * 100_001], "list, prompt 1: .*up to 100,000 characters"),
+    ("/dev/zero", "is no such file"),
+    ("~/no such file", "/no such file' is no such file"),
     (TABLE(), r"Got a Table; expected a list: of a table, list\(table\['caption'\]\)"),
 ]
 WEIGHTS = [mixture((PROMPTS, 1), (PROMPTS, w)) for w in (0, -1, float("nan"), float("inf"))]
@@ -127,10 +174,21 @@ def test_other_forms_are_refused(prompts: Any, message: str) -> None:
         PromptSource(prompts)
 
 
+def test_a_file_is_bounded_and_regular(tmp_path: Path) -> None:
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(20 << 30)  # of zeros, which take no room
+    with pytest.raises(DistillError, match=r"a\.txt, prompt 1: '\\x00.*expected text"):
+        load_prompts(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(DistillError, match="is no such file"):
+        load_prompts(tmp_path / "b.txt")
+
+
 def test_an_iterable_without_end_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("t5slim.distill.prompts._LIMIT", 5)
     assert load_prompts(f"prompt {number}" for number in itertools.count()) == numbered(5)
     assert load_prompts(numbered(9)) == numbered(9)  # a list has an end
+    assert load_prompts(itertools.repeat("a")) == ["a"]
 
 
 def test_a_draw_depends_on_its_index_and_the_seed_alone() -> None:
@@ -209,6 +267,12 @@ def test_the_split_is_by_hash() -> None:
     assert [prompt for prompt in among_others if prompt in prompts] == held_out
     assert not set(among_others) & set(draw(rest, 9000)) and rest.facts()["weights"] == [1, 3]
     assert split_held_out(prompts, 0.02, 7)[1] == held_out[:7]
+
+
+@pytest.mark.parametrize("arguments", [("0.1", 4), (0.1, "4"), (0.1, 0)])
+def test_a_split_by_other_than_numbers(arguments: Any) -> None:
+    with pytest.raises(DistillError, match=r"share=.*expected positive numbers"):
+        split_held_out(numbered(20), *arguments)
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.999999, 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.hub import TOKEN
-from helpers.training import assert_same, calls_of, run, weights
+from helpers.training import assert_same, calls_of, contents, run, spawn, weights
 from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
 
-from t5slim import HubAccessError, SlimT5Encoder, patch_pipeline, unpatch_pipeline
+from t5slim import DistillError, HubAccessError, SlimT5Encoder, patch_pipeline, unpatch_pipeline
 from t5slim.distill import DistillResult, report
 from t5slim.distill.report import image_grid
 
@@ -141,6 +142,46 @@ def test_side_jobs_that_fail_dont_cost_the_student(
     for job in ("trackers", "image grid", "model card", "pip install 't5slim[train]'"):
         assert job in caplog.text
     assert_same(weights(SlimT5Encoder.from_pretrained(tmp_path)), weights(result.student))
+
+
+def test_a_folder_with_obstacles_is_trained_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody's own card, though it is no YAML; and a file where checkpoints go."""
+    card = "---\ntags: [broken\n---\n# Mine"
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "checkpoints").touch()
+    for _ in range(2):
+        result = run(tiny_flux(), output_dir=tmp_path, resume=True, **REPORTED)
+        assert "The last checkpoint failed" in caplog.text
+        assert (tmp_path / "README.md").read_text() == card and len(result.history) == 3
+    assert_same(weights(SlimT5Encoder.from_pretrained(tmp_path)), weights(result.student))
+    assert "velocity_gap" in (tmp_path / "history.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_last_evaluation_that_fails_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = tiny_flux()
+    student = tiny_student(pipe)
+    student.register_forward_hook(lambda module, *_: None if module.training else 1 / 0)
+    run(pipe, student, output_dir=tmp_path, eval_prompts=PROMPTS[:1], max_steps=1)
+    assert "The last evaluation failed: ZeroDivisionError" in caplog.text
+    assert_same(weights(SlimT5Encoder.from_pretrained(tmp_path)), weights(student))
+
+
+def test_values_are_known_by_their_content_in_every_process(tmp_path: Path) -> None:
+    contents(tmp_path / "here")
+    spawn(contents, tmp_path / "there").join()  # which has other addresses, and orders of sets
+    here, there = (json.loads((tmp_path / name).read_text()) for name in ("here", "there"))
+    assert here == there and len({*map(json.dumps, here)}) == len(here)
+
+
+@pytest.mark.parametrize("value", [(i for i in "a"), threading.Lock(), torch.ones(1).to("meta")])
+def test_a_value_without_known_content_is_refused(value: Any) -> None:
+    kwargs = call_kwargs(tiny_flux()) | {"joint_attention_kwargs": {"x": [value]}}
+    with pytest.raises(DistillError, match="pipeline_kwargs holds what can't be told by its cont"):
+        run(tiny_flux(), pipeline_kwargs=kwargs)
 
 
 def test_a_finished_run_is_uploaded(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import random
 import shutil
 import signal
@@ -15,12 +18,14 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
 from helpers.training import RESUMED, assert_same, history_of, resumable, run, spawn, weights
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
 from zoo.case import image
 
 from t5slim import SlimT5Encoder
-from t5slim.errors import DistillError
+from t5slim.distill.checkpoint import load_checkpoint
+from t5slim.errors import ConfigError, DistillError
 
 STEPS = RESUMED["max_steps"]
 
@@ -79,7 +84,33 @@ def test_killed_while_a_checkpoint_is_written_or_removed(
     assert process.exitcode == -signal.SIGKILL and not any(tmp_path.glob(f"checkpoints/*{STEPS}-*"))
     resumable(tmp_path)
     assert_same_run(tmp_path, whole)
-    assert [*checkpoints(tmp_path)] == [28, 30]  # the newest two, and no leftovers
+    assert [*checkpoints(tmp_path)] == [28, 30]  # the newest two
+    assert not [*tmp_path.rglob(".t5slim-*")]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    run(tiny_flux(), output_dir=tmp_path)
+    for folder in (tmp_path / ".t5slim-saved", tmp_path / "checkpoints" / ".t5slim-written"):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    (tmp_path / ".t5slim-lock").touch()
+    run(tiny_flux(), output_dir=tmp_path, resume=True)
+    assert not [*tmp_path.rglob(".t5slim-*")]
+
+
+def test_a_second_run_in_the_folder_of_one_is_refused(whole: Path, tmp_path: Path) -> None:
+    pipe, other, calls = tiny_flux(), tiny_flux(), count()
+    other.transformer.register_forward_hook(lambda *_: pytest.fail("generated"))
+
+    def start_another(*_: Any) -> None:
+        if next(calls) in (1, 60):
+            with pytest.raises(DistillError, match=r"output_dir .*: another run is writing into"):
+                resumable(tmp_path, other)
+
+    pipe.transformer.register_forward_hook(start_another)
+    resumable(tmp_path, pipe)
+    assert next(calls) > 60
+    assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +187,93 @@ def test_damaged_checkpoints_are_named_and_the_one_before_them_used(
     assert not empty.exists()  # but the one that was written instead
 
 
+def test_no_flipped_bit_is_believed(whole: Path, tmp_path: Path) -> None:
+    older, newest = [*checkpoints(whole).values()][-2:]
+    identity = json.loads((whole / "distillation.json").read_text())["identity"]
+    shutil.copy(older, tmp_path)
+    content = newest.read_bytes()
+    places = random.Random(0).sample(range(len(content)), 300)
+    for place in (0, 7, 8, *places):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        (tmp_path / newest.name).write_bytes(changed)
+        assert load_checkpoint(tmp_path, identity)["result"]["steps"] == STEPS - 2
+    (tmp_path / newest.name).write_bytes(content)
+    assert load_checkpoint(tmp_path, identity)["result"]["steps"] == STEPS
+
+
+def write_checkpoint(folder: Path, step: int, metadata: Any, tensors: Any) -> None:
+    """As a run does: by its SHA-256, it is whole."""
+    content = save(tensors, metadata)
+    name = f"{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    (folder / "checkpoints" / name).write_bytes(content)
+
+
+def spoil(folder: Path, how: str) -> None:
+    files = folder / "checkpoints"
+    first = checkpoints(folder)[2].name
+    match how:
+        case "another run's":
+            resumable(folder / "other", max_steps=29, learning_rate=1e-3)
+            shutil.move(checkpoints(folder / "other")[29], files)
+        case "no run's":
+            write_checkpoint(folder, 29, {}, {"student": torch.ones(1)})
+            write_checkpoint(folder, 31, {"state": "[" * 10**5}, {"a": torch.ones(1)})
+        case "renamed":
+            (files / first).rename(files / first.replace("02-", "99-"))
+        case "no files":
+            (files / first.replace("02-", "98-")).mkdir()
+            (files / "00000097").symlink_to("00000097")
+            os.mkfifo(files / "99999999-pipe.safetensors")
+            (files / "5 \n").touch()
+
+
+@pytest.mark.parametrize("how", ["another run's", "no run's", "renamed", "no files"])
+def test_what_is_no_checkpoint_of_the_run_isnt_believed(
+    how: str, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    checkpoints(folder)[STEPS].unlink()
+    spoil(folder, how)
+    (folder / "history.jsonl").write_text("neither is this")
+    resumable(folder, keep_checkpoints=99)
+    assert "is damaged and not used" in caplog.text and history_of(folder) == history_of(whole)
+    assert_same(*(load_file(path / "model.safetensors") for path in (folder, whole)))
+
+
+@pytest.mark.parametrize("name", ["student.final_projection.0.weight", "ema.shadow_params.0", None])
+def test_a_checkpoint_that_doesnt_fit_is_named(
+    name: str | None, whole: Path, tmp_path: Path
+) -> None:
+    """Though its SHA-256 is right: it has a tensor of another shape, or is of another optimizer."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    file = checkpoints(folder)[STEPS]
+    changes: dict[str, Any] = {} if name else {"optimizer": MOMENTUM}
+    if name:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        tensors[name] = tensors[name][:1].clone()
+        file.unlink()
+        write_checkpoint(folder, STEPS, metadata, tensors)
+    pipe = tiny_flux()
+    student = tiny_student(pipe)
+    before = weights(student)
+    with pytest.raises(DistillError, match="The newest checkpoint doesn't fit"):
+        run(pipe, student, PROMPTS, output_dir=folder, resume=True, **RESUMED | changes)
+    assert_same(student.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "\0", '{"identity": 3}', '{"identity": []}', "[" * 10**5]
+)
+def test_damaged_metadata_is_named(content: str, whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "distillation.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"distillation\.json"):
+        resumable(folder)
+
+
 def test_checkpoints_hold_only_what_is_trained(whole: Path) -> None:
     file = checkpoints(whole)[STEPS]
     assert {n.split(".")[0] for n in load_file(file)} == {"student", "ema", "optimizer", "losses"}
@@ -181,6 +299,7 @@ def test_a_finished_run_is_given_back_whatever_the_split_of_its_batch(whole: Pat
     "changes, named",
     [
         ({"learning_rate": 1e-3}, "config.learning_rate: then 0.005, now 0.001"),
+        ({"mixed_precision": "bf16"}, 'config.mixed_precision: then "no", now "bf16"'),
         ({"max_steps": 70}, f"config.max_steps: then {STEPS}, now 70"),
         ({"batch_size": 2}, "prompts_per_step: then 4, now 2"),
         ({"pipeline_kwargs": {"height": 32}}, "pipeline_kwargs: then .*now"),

@@ -13,6 +13,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import ParallelismConfig
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from helpers.training import (
     QUICK,
     assert_same,
@@ -27,8 +29,8 @@ from helpers.training import (
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
 
 from t5slim import SlimT5Encoder, patch_pipeline
-from t5slim.distill import DistillConfig, TrajectoryReservoir, velocity_gap
-from t5slim.errors import DistillError, IncompatibleStudentError
+from t5slim.distill import DistillConfig, TrajectoryReservoir, train, trainer, velocity_gap
+from t5slim.errors import DistillError, HubAccessError, IncompatibleStudentError
 
 
 def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -39,7 +41,7 @@ def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 @pytest.mark.parametrize("name", ["pixart_sigma", "stable_audio", "bria"])
-def test_training_closes_the_gap(name: str) -> None:
+def test_training_closes_the_gap(name: str, caplog: Any) -> None:
     """By copies of the embeddings, through the pipeline, and of prompts without padding."""
     pipe, kwargs = pipeline_and_kwargs(name, steps=2)
     student = tiny_student(pipe)
@@ -51,9 +53,44 @@ def test_training_closes_the_gap(name: str) -> None:
         objective=objective,
     )  # fmt: skip
     assert result.gap < 0.6 * before
+    assert result.gap < 0.9 and "empty prompt" not in caplog.text
     after = velocity_gap(pipe, result.student, prompts, pipeline_kwargs=kwargs)
     assert result.gap == pytest.approx(after, rel=1e-4)
     assert result.student is student and not student.training
+
+
+@pytest.mark.parametrize("factor", [30, math.nan])
+def test_a_student_that_says_nothing_is_warned_of(factor: float, caplog: Any) -> None:
+    """At its end, by its gap: more than 0.9, or NaN."""
+    pipe = tiny_flux()
+    student = tiny_student(pipe)
+    student.register_forward_hook(
+        lambda module, _, output: output if module.training else (output[0] * factor,)
+    )
+    result = run(pipe, student, PROMPTS, eval_prompts=PROMPTS[4:], max_steps=1)
+    assert not result.gap <= 0.9
+    assert "no more than an empty prompt" in caplog.text and "from_t5" in caplog.text
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_equal_prompts_in_a_batch_have_no_relations(prompts: list[str]) -> None:
+    objective = {"velocity": 1, "embedding": 10, "relational": 1}
+    changes = {"batch_size": 2, "prompt_dropout": 0.6, "objective": objective, "eval_every": 1}
+    result = run(tiny_flux(), None, prompts, max_steps=8, **changes)
+    assert all(map(math.isfinite, losses(result))) and result.skipped == 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_grad_mode_changes_nothing(mode: Any) -> None:
+    pipe = FluxImg2ImgPipeline.from_pipe(tiny_flux())
+
+    def trained(mode: Any) -> dict[str, torch.Tensor]:
+        student = tiny_student(pipe)
+        with mode():
+            kwargs = call_kwargs(tiny_flux()) | {"image": torch.ones(1, 3, 16, 16) / 2}
+            return weights(run(pipe, student, pipeline_kwargs=kwargs).student)
+
+    assert_same(trained(mode), trained(torch.enable_grad))
 
 
 def test_embedding_matching_never_calls_the_denoiser() -> None:
@@ -225,6 +262,11 @@ def test_a_sample_is_drawn_as_often_as_reuse_says() -> None:
 # --- what is refused -----------------------------------------------------------------------------
 
 
+def shares(part: str) -> Any:
+    """Put the student's projection into a component of the pipeline."""
+    return lambda pipe, student, _: getattr(pipe, part).add_module("x", student.final_projection)
+
+
 BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"prompts": []}, "list holds no prompts; expected"),
     ({"eval_prompts": []}, "list holds no prompts"),
@@ -239,6 +281,15 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"spoil": lambda pipe, student, out: (out / "config.json").touch()}, "another run or model"),
     ({"spoil": lambda pipe, student, out: setattr(pipe, "text_encoder_2", None)}, "no teacher"),
     ({"spoil": lambda pipe, student, out: pipe.transformer.half()}, "float16"),
+    ({"spoil": lambda pipe, student, out: student.to("meta")}, "has no weights to train"),
+    ({"spoil": lambda pipe, student, out: student.requires_grad_(False)}, "no weights to train"),
+    ({"spoil": shares("vae")}, "The vae shares weights with the student"),
+    ({"spoil": shares("transformer")}, "The transformer shares weights.*examples/series"),
+    ({"output_dir": __file__}, "Can't write into output_dir '.*test_train.py': .*exists"),
+    ({"output_dir": f"{__file__}/run"}, "Can't write into output_dir .*Not a directory"),
+    ({"output_dir": "a\0b"}, "Can't write into output_dir .*null"),
+    ({"prompts": {"a", "b"}}, r"Got a set; expected .*sorted\(prompts\)"),
+    ({"push_to_hub": "a b", "output_dir": None}, "push_to_hub: 'a b'"),
 ]
 
 
@@ -253,11 +304,51 @@ def test_bad_input_is_refused_before_anything_happens(
     files, modules = [*tmp_path.iterdir()], modules_of(pipe)
     before = {name: weights(module) for name, module in modules.items()}
     calls = calls_of(pipe.transformer)
-    with pytest.raises((DistillError, IncompatibleStudentError), match=message):
+    with pytest.raises((DistillError, IncompatibleStudentError, HubAccessError), match=message):
         run(pipe, student, **arguments)
     assert not calls and [*tmp_path.iterdir()] == files
     for name, module in modules.items():
         assert_same(module.state_dict(), before[name])
+
+
+@pytest.mark.parametrize(
+    "pipe, config, message",
+    [
+        (FluxPipeline, None, "pipe is <class .*FluxPipeline'>; expected .*from_pretrained"),
+        ("black-forest-labs/FLUX.1-dev", None, "pipe is 'black-forest-labs/FLUX.1-dev'; expected"),
+        (tiny_flux(), {"max_steps": 3}, r"config is {.*}; expected DistillConfig\(\*\*config\)"),
+        (tiny_flux(), "config.yaml", "config is 'config.yaml'; expected DistillConfig"),
+    ],
+    ids=str,
+)
+def test_other_types_are_refused(pipe: Any, config: Any, message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        train(pipe, tiny_student(tiny_flux()), PROMPTS, config)
+
+
+@pytest.mark.parametrize("which", ["student", "transformer"])
+def test_what_was_made_in_inference_mode_is_refused(which: str) -> None:
+    with torch.inference_mode():
+        made = tiny_flux()
+    pipe = made if which != "student" else tiny_flux()
+    with torch.inference_mode(which == "student"):
+        student = tiny_student(pipe)
+    part = which if which == "student" else "vae"  # the first of its components
+    with pytest.raises(DistillError, match=f"The {part} was made under torch.inference_mode"):
+        run(pipe, student)
+
+
+def test_the_environment_can_turn_the_bar_off(monkeypatch: Any, capfd: Any) -> None:
+    # As TQDM_DISABLE=1 does, when tqdm is imported.
+    monkeypatch.setattr(trainer, "tqdm", partial(trainer.tqdm, disable=True))
+    run(tiny_flux())
+    assert "distil" not in capfd.readouterr().err
+
+
+def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(tiny_flux(), output_dir="~/run").output_dir == tmp_path / "run"
+    SlimT5Encoder.from_pretrained(tmp_path / "run")
 
 
 # --- launches ------------------------------------------------------------------------------------
@@ -273,7 +364,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 
 @pytest.mark.parametrize(
     "variable, value",
-    [("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "INDUCTOR"), ("USE_FSDP", "true")],
+    [
+        ("MIXED_PRECISION", "bf16"),
+        ("MIXED_PRECISION", "fp8"),
+        ("DYNAMO_BACKEND", "INDUCTOR"),
+        ("USE_FSDP", "true"),
+        ("USE_PARALLELISM_CONFIG", "true"),
+    ],
 )
 def test_a_launch_with_other_settings_is_refused(
     variable: str, value: str, environment: pytest.MonkeyPatch
@@ -282,6 +379,20 @@ def test_a_launch_with_other_settings_is_refused(
     with pytest.raises(DistillError, match=f"{variable}.*{value.lower()}.*expected '(no|false)'"):
         run(tiny_flux())
     assert not AcceleratorState._shared_state  # which would refuse, or compile, a second try
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dynamo_backend": "eager"}, {"parallelism_config": ParallelismConfig()}], ids=str
+)
+def test_an_earlier_accelerator_with_other_settings_is_refused(
+    settings: dict[str, Any], environment: pytest.MonkeyPatch
+) -> None:
+    try:
+        Accelerator(cpu=True, **settings)
+    except ValueError:  # of one process, after it was noted in the state
+        assert AcceleratorState._shared_state
+    with pytest.raises(DistillError, match="An Accelerator of this process shards, compiles"):
+        run(tiny_flux())
 
 
 def test_a_launch_with_equal_settings_changes_nothing(environment: pytest.MonkeyPatch) -> None:

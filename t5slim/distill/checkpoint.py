@@ -12,15 +12,17 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -73,6 +75,7 @@ class TrainingState:
         )
         self.losses = torch.zeros(2, device=student.device)
         self._optimizer, self._reservoir = optimizer, reservoir
+        self._kind = type(optimizer).__name__
         self._skipped = 0  # successive ones
 
     def note_loss(self, loss: Tensor) -> None:
@@ -112,8 +115,8 @@ class TrainingState:
                 self.ema.copy_to(self.parameters)
             yield
 
-    def save(self, folder: Path, keep: int) -> None:
-        """Write a checkpoint into `folder`, then remove all but the newest `keep`.
+    def save(self, folder: Path, keep: int, identity: Mapping[str, Any]) -> None:
+        """Write a checkpoint of a run into `folder`, then remove all but the newest `keep`.
 
         Raises:
             OSError: It can't be written; earlier ones are intact.
@@ -122,7 +125,7 @@ class TrainingState:
             "student": dict(self.result.student.named_parameters()),
             "ema": self.ema.state_dict() if self.ema else None,
             # torch's own method, as that of bitsandbytes nests its tensors.
-            "optimizer": torch.optim.Optimizer.state_dict(self._optimizer)["state"],
+            "optimizer": {self._kind: torch.optim.Optimizer.state_dict(self._optimizer)["state"]},
             "scaler": self.scaler.state_dict(),
             "reservoir": self._reservoir.state(),
             "result": self.result.numbers() | {"history": self.result.history},
@@ -137,11 +140,10 @@ class TrainingState:
             tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
             return {"tensor": name}
 
-        plain = json.dumps(map_tensors(state, refer))
-        content, step = save(tensors, {"state": plain}), f"{self.result.steps:08d}"
+        plain = {"state": map_tensors(state, refer), "identity": identity}
+        content = save(tensors, {name: json.dumps(value) for name, value in plain.items()})
+        step = f"{self.result.steps:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".t5slim-*"):  # of a run that was killed while it wrote
-            shutil.rmtree(leftover)
         for damaged in folder.glob(f"{step}-*"):  # which wasn't resumed from
             damaged.unlink()
         write_atomic(folder / f"{step}-{_digest(content)}.safetensors", content)
@@ -149,37 +151,89 @@ class TrainingState:
             old.unlink()
 
     def restore(self, state: dict[str, Any], max_steps: int) -> None:
-        """Go on from a checkpoint, bitwise; before `max_steps`, trajectories are sampled again."""
-        vars(self.result).update(state["result"])
-        # The embedding has two names, of which a checkpoint holds one.
-        self.result.student.load_state_dict(state["student"], strict=False)
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.result.student.device)
-        moments = {int(index): values for index, values in state["optimizer"].items()}
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
-        self.scaler.load_state_dict(state["scaler"])
-        self.losses.copy_(state["losses"])
-        self._skipped = state["skipped"]
+        """Go on from a checkpoint, bitwise; before `max_steps`, trajectories are sampled again.
+
+        Raises:
+            DistillError: It is of another optimizer or student.
+        """
+        student, ema = self.result.student, self.ema
+        weights = dict(student.named_parameters()), ema and ema.shadow_params
+        try:
+            found = state["student"], ema and state["ema"]["shadow_params"]
+            if _shapes(found) != _shapes(weights):
+                raise ValueError("its weights are of other shapes")
+            optimizer = state["optimizer"][self._kind]
+            moments = {int(index): values for index, values in optimizer.items()}
+            self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
+            if ema:
+                ema.load_state_dict(state["ema"])
+                ema.to(student.device)
+            self.scaler.load_state_dict(state["scaler"])
+            self.losses.copy_(state["losses"])
+            self._skipped = state["skipped"]
+            for name in (*self.result.numbers(), "history"):
+                setattr(self.result, name, state["result"][name])
+            # The embedding has two names, of which a checkpoint holds one.
+            student.load_state_dict(state["student"], strict=False)
+        except Exception as error:  # of whichever part doesn't fit
+            how = "pass the student and optimizer that it was started with, or remove that file"
+            raise DistillError(f"The newest checkpoint doesn't fit: {error!r}; {how}.") from error
         self._reservoir.restore(state["reservoir"], finished=self.result.steps == max_steps)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest checkpoint that is whole, or None; a warning names a damaged one."""
+def load_checkpoint(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state of the run's newest checkpoint that is whole, or None; a warning names others."""
     for path in sorted(folder.glob("[0-9]*"), reverse=True):
-        if path.stem.endswith(f"-{_digest(path.read_bytes())}"):
-            break
-        logger.warning("%s is damaged and not used: its SHA-256 isn't that of its name", path)
-    else:
-        return None
+        try:
+            return _read(path, identity)
+        except Exception as error:  # whatever lies there
+            logger.warning("%s is damaged and not used: %s", path, error)
+    return None
+
+
+def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    step, _, digest = path.stem.partition("-")
+    if not path.is_file() or digest != _digest(path.read_bytes()):
+        raise ValueError("its SHA-256 isn't that of its name")
     with safe_open(path, "pt") as file:
-        names, plain = file.keys(), file.metadata()["state"]
+        names, plain = file.keys(), file.metadata()
         tensors = {name: file.get_tensor(name) for name in names}
-    return json.loads(plain, object_hook=lambda value: tensors.get(value.get("tensor"), value))
+    state = json.loads(plain["state"], object_hook=lambda v: tensors.get(v.get("tensor"), v))
+    if (int(step), json.loads(plain["identity"])) != (state["result"]["steps"], identity):
+        raise ValueError("it is of another run or update")
+    return state
+
+
+def _shapes(tree: Any) -> Any:
+    return map_tensors(tree, lambda _, tensor: tensor.shape)
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder of a run, made where needed; what a run that was killed left in it is removed.
+
+    Raises:
+        DistillError: Another run is writing into it, or nothing can be written.
+    """
+    lock = FileLock(folder / ".t5slim-lock", timeout=0)  # the kernel's: it ends with the process
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, ValueError) as error:
+        why = "another run is writing into it" if isinstance(error, Timeout) else error
+        raise DistillError(f"Can't write into output_dir {str(folder)!r}: {why}.") from error
+    for leftover in (*folder.glob(".t5slim-*"), *folder.glob("*/.t5slim-*")):
+        shutil.rmtree(leftover, ignore_errors=True)  # of files, such as the lock, none
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # of Windows, which removes it later
+            os.remove(lock.lock_file)
+        lock.release()
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from ..errors import ConfigError
@@ -96,18 +96,16 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        objective: Any = self.objective
-        if isinstance(objective, str):
-            objective = {objective: 1.0}
-            object.__setattr__(self, "objective", objective)
-        for name in ("guidance_scales", "trackers"):  # of YAML and JSON, lists
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.objective, str):
+            object.__setattr__(self, "objective", {self.objective: 1.0})
+        for name, value in vars(self).items():  # as Python's own: numpy's numbers, lists of YAML
+            value = value.item() if isinstance(value, np.generic) else value
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         for names, allowed, expected in _CHECKS:
             for name in names:
                 value = getattr(self, name)
                 if not allowed(value):
-                    raise ConfigError(f"{name} is {value!r}; expected {expected}.")
+                    raise ConfigError(f"{name} is {value!r:.100}; expected {expected}.")
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The losses that count in an update, after annealing.
@@ -137,7 +135,9 @@ class DistillConfig:
         20 consecutive updates along the trajectories of each batch; the number of steps, and the
         length of the text (77 tokens), are the pipeline's:
         `pipeline_kwargs=dict(num_inference_steps=20, max_sequence_length=77)`. `max_steps` counts
-        updates, 200,000 in the paper's last stage.
+        updates, 200,000 in the paper's last stage. The text is followed where its training script
+        differs: there, "constant" is without the warm-up, the gradients that are clipped aren't the
+        student's, and sigmas fall to nearly 0 (here they are the pipeline's own, down to 1/20).
 
         Args:
             **overrides: Settings to change, such as `max_steps`.
@@ -158,8 +158,8 @@ class DistillConfig:
         return cls(**(settings | overrides))
 
 
-def _number(low: float, below: float = math.inf, kind: Any = (int, float)) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kind) and low <= value < below
+def _number(low: float, below: float = 1e30, kind: Any = (int, float)) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, kind) and type(v) is not bool and low <= v < below
 
 
 def _is_objective(value: Any) -> bool:
@@ -168,11 +168,12 @@ def _is_objective(value: Any) -> bool:
 
 
 _integer = partial(_number, below=2**31, kind=int)
-_positive = _number(math.ulp(0))
+_positive = _number(1e-30)
 _SCHEDULES = ("cosine", "linear", "constant")
 _CHECKS: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
     (["objective"], _is_objective, f"{', '.join(OBJECTIVES)}, or a mapping of them to weights > 0"),
-    (["max_steps", "batch_size", "gradient_accumulation_steps"], _integer(1), "a positive integer"),
+    (["max_steps"], _integer(1, below=10**8), "a positive integer below 100 million"),
+    (["batch_size", "gradient_accumulation_steps"], _integer(1, below=2**16), "from 1 to 65,535"),
     (["eval_every", "checkpoint_every", "keep_checkpoints"], _integer(1), "a positive integer"),
     (["warmup_steps", "reservoir_size", "samples_every"], _integer(0), "an integer of at least 0"),
     (["seed"], _integer(-(2**31)), "an integer of 32 bits"),
@@ -180,8 +181,13 @@ _CHECKS: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
     (["weight_decay"], _number(0), "a number of at least 0"),
     (["annealing"], _number(0, 1 + 1e-9), "a number from 0 to 1"),
     (["prompt_dropout", "ema_decay"], _number(0, 1), "a number from 0 to below 1"),
+    (["zero_pooled", "gradient_checkpointing"], lambda v: type(v) is bool, "True or False"),
     (["guidance_scales"], lambda v: type(v) is tuple and all(map(_positive, v)), "numbers above 0"),
-    (["trackers"], lambda v: type(v) is tuple, "names, such as ('wandb',)"),
-    (["mixed_precision"], lambda v: v in _DTYPES, f"one of {', '.join(_DTYPES)}"),
+    (
+        ["trackers"],
+        lambda v: type(v) is tuple and {*map(type, v)} <= {str},
+        "names, such as ('wandb',)",
+    ),
+    (["mixed_precision"], lambda v: v in [*_DTYPES], f"one of {', '.join(_DTYPES)}"),
     (["lr_schedule"], lambda v: v in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
 ]

@@ -21,6 +21,7 @@ from ..errors import DistillError, T5SlimError
 from ..hub import hub_errors
 
 _LIMIT = 1_000_000  # of data sets, and of what may have no end; these take 0.1 to 0.3 GB
+_LONGEST = 100_000  # characters of a prompt; a file without an end of line is none
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and lone surrogates, which UTF-8 can't hold
 
 
@@ -115,6 +116,8 @@ def split_held_out(
     Raises:
         DistillError: Nothing is held out, or all of a part; or see `PromptSource`.
     """
+    if type(share) not in (int, float) or type(count) is not int or count < 1:
+        raise DistillError(f"Got share={share!r} and count={count!r}; expected positive numbers.")
     source = PromptSource(prompts)
     held_out = {prompt for prompt in source.all() if hash_position(prompt) < share}
     rest = [(weight, [p for p in part if p not in held_out]) for weight, part in source.parts]
@@ -136,8 +139,14 @@ def _parts(prompts: Prompts) -> list[tuple[float, list[str]]]:
     """The weights and distinct prompts of any form."""
     if isinstance(prompts, PromptSource):
         return prompts.parts
-    if isinstance(prompts, Mapping):
-        try:
+    table = hasattr(prompts, "columns") or hasattr(prompts, "column_names")
+    if table or isinstance(prompts, Set):  # a set has another order in each process
+        column = "table['caption']"
+        column = f"{column}.to_pylist()" if hasattr(prompts, "to_pylist") else f"list({column})"
+        wanted = f"a list: of a table, {column}; of a set, sorted(prompts)"
+        raise DistillError(f"Got a {type(prompts).__name__}; expected {wanted}.")
+    try:
+        if isinstance(prompts, Mapping):
             if "file" in prompts:
                 return [(1, _read_file(**prompts))]
             if "dataset" in prompts:
@@ -145,19 +154,19 @@ def _parts(prompts: Prompts) -> list[tuple[float, list[str]]]:
             if "generator" in prompts:
                 return [(1, generate_prompts(**prompts))]
             return _mix(**prompts)
-        except (KeyError, TypeError) as error:  # of keys, or values of another type
-            raise DistillError(
-                f"{prompts}: {error!r}; expected {{file, column}}, {{dataset, column, config, "
-                "split, revision, limit}, {generator: compositional or text_rendering, count}, "
-                "or {mixture: [{weight, prompts}, ...]}."
-            ) from error
-    if isinstance(prompts, (str, os.PathLike)):
-        return [(1, _read_file(prompts))]
-    if isinstance(prompts, Set) or hasattr(prompts, "columns"):  # without order; of columns
-        wanted = "a list: of a table, list(table['caption']); of a set, sorted(prompts)"
-        raise DistillError(f"Got a {type(prompts).__name__}; expected {wanted}.")
-    end = None if isinstance(prompts, Sized) else _LIMIT
-    return [(1, _distinct(islice(prompts, end), "list"))]
+        if isinstance(prompts, (str, os.PathLike)):
+            return [(1, _read_file(prompts))]
+        texts = getattr(prompts, "to_pylist", lambda: prompts)()  # of Arrow's arrays
+        end = None if isinstance(texts, Sized) else _LIMIT
+        return [(1, _distinct(islice(texts, end), "list"))]
+    except T5SlimError:
+        raise
+    except Exception as error:  # of keys, of values of another type, or of what is read
+        raise DistillError(
+            f"{prompts!r:.200}: {error!r}; expected {{file, column}}, {{dataset, column, config, "
+            "split, revision, limit}, {generator: compositional or text_rendering, count}, "
+            "{mixture: [{weight, prompts}, ...]}, or a list: of a table, list(table['caption'])."
+        ) from error
 
 
 def _mix(mixture: Iterable[Mapping[str, Any]]) -> list[tuple[float, list[str]]]:
@@ -170,14 +179,14 @@ def _mix(mixture: Iterable[Mapping[str, Any]]) -> list[tuple[float, list[str]]]:
 
 
 def _read_file(file: str | os.PathLike[str], column: str | None = None) -> list[str]:
-    path = Path(file)
+    path = Path(file).expanduser()
     if not os.path.isfile(path):
         raise DistillError(f"{str(path)!r} is no such file; expected a list of prompts, or a file.")
     if path.suffix.lower() in ("", ".txt") and column is None:
         # Bytes that are not UTF-8 become lone surrogates, which are refused with their line. Unlike
         # str.splitlines, this ends no line at form feeds or U+2028, which captions do hold.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-            return _distinct(lines, path.name)
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as text:
+            return _distinct(iter(partial(text.readline, _LONGEST + 1), ""), path.name)
     files = glob.escape(path.name)
     return _read_dataset(str(path.parent), column, limit=None, data_files=files)
 
@@ -213,8 +222,8 @@ def _distinct(prompts: Iterable[str], name: str, count: int | None = None) -> li
     """Up to `count` texts, stripped, neither blank nor repeated; errors call them `name`."""
     found: dict[str, None] = {}  # an ordered set
     for number, prompt in enumerate(tqdm(prompts, f"Reading {name}", delay=2), 1):
-        if not isinstance(prompt, str) or _NOT_TEXT.search(prompt):
-            wanted = "expected text, in UTF-8 and without NUL"
+        if not isinstance(prompt, str) or len(prompt) > _LONGEST or _NOT_TEXT.search(prompt):
+            wanted = f"expected text, in UTF-8 and without NUL, up to {_LONGEST:,} characters"
             raise DistillError(f"{name}, prompt {number}: {prompt!r:.80}; {wanted}.")
         if text := prompt.strip():
             found[text] = None
@@ -249,6 +258,8 @@ def generate_prompts(
         DistillError: The function returns no text, or `count` is 0.
         KeyError: An unknown criterion.
     """
+    if not count <= _LIMIT:
+        raise DistillError(f"count is {count}; expected at most {_LIMIT:,}.")
     make = generator if callable(generator) else partial(_expand, generator)
     rng = Random(seed)
     return _distinct((make(rng) for _ in range(10 * count)), "generator", count)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copyreg
+import hashlib
 import json
 import math
 import os
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import __version__
 from ..encoder import SlimT5Encoder
-from ..errors import DistillError
+from ..errors import ConfigError, DistillError
 from ..hub import read_json, write_atomic
 from .config import DistillConfig
 from .metrics import GapReport
@@ -38,6 +40,11 @@ _FREE = {
     "batch_size",
     "gradient_accumulation_steps",
 }
+# What tells a class or a function, and its parts, from another.
+_OF_CODE = (
+    "__module__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__", "__closure__",
+    "co_code", "co_names", "co_consts", "cell_contents",
+)  # fmt: skip
 _SAVED = {"architectures", "dtype", "transformers_version"}  # what a save adds to a config
 
 
@@ -143,7 +150,13 @@ def run_facts(
         "denoiser_dtype": str(denoiser.dtype).removeprefix("torch."),
         "versions": {"t5slim": __version__} | {name: version(name) for name in packages},
     }
-    return json.loads(json.dumps(facts, default=_by_content))
+    try:
+        return _by_content(facts)
+    except Exception as error:  # of the values' own classes
+        raise DistillError(
+            f"pipeline_kwargs holds what can't be told by its content ({error!r}), by which a run "
+            "is known again: pass plain values, tensors, arrays, images, or objects of these."
+        ) from error
 
 
 def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> None:
@@ -162,12 +175,15 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> No
                     "resume=True to go on with it, a new folder, or remove that one."
                 )
         return
-    then, now = read_json(path).get("identity", {}), facts["identity"]
-    differences = [
-        f"{name}: then {json.dumps(then.get(name)):.100}, now {json.dumps(now.get(name)):.100}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
+    try:
+        then, now = read_json(path)["identity"], facts["identity"]
+        differences = [
+            f"{name}: then {json.dumps(then.get(name)):.100}, now {json.dumps(now.get(name)):.100}"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        ]
+    except (AttributeError, KeyError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} isn't a whole file of a run ({error!r}): remove it.") from error
     if differences:
         raise DistillError(
             f"The run in {str(folder)!r} can't be resumed with other settings. They differ in "
@@ -176,13 +192,36 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> No
         )
 
 
-def _by_content(value: Any) -> str:
-    """A tensor, array or image by its SHA-256, dtype and shape; any other object as text."""
-    if isinstance(value, (Image.Image, np.ndarray)):
-        value = torch.tensor(np.asarray(value))
-    if not isinstance(value, torch.Tensor):
-        return str(value)
-    return f"{tensor_sha256(value)} {value.dtype} {tuple(value.shape)}"
+def _by_content(value: Any) -> Any:
+    """A value in the types of JSON, or the SHA-256 of its content: the same in every process."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_by_content(item) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _by_content(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor):
+        return f"{tensor_sha256(value.resolve_conj())} {value.dtype} {tuple(value.shape)}"
+    is_bytes = isinstance(value, bytes)
+    content = value if is_bytes else json.dumps(_by_content(_parts_of(value))).encode()
+    return f"{type(value).__name__} {hashlib.sha256(content).hexdigest()}"
+
+
+def _parts_of(value: Any) -> Sequence[Any]:
+    """What a value is made of that has no type in JSON."""
+    if isinstance(value, Mapping):
+        return [*value.items()]
+    if isinstance(value, Set):
+        return sorted(map(_by_content, value), key=json.dumps)
+    if isinstance(value, Image.Image):  # whatever file it is from
+        palette, clear = value.getpalette(None), value.info.get("transparency")
+        return value.mode, value.size, palette, clear, value.tobytes()
+    if isinstance(value, (type, FunctionType, CodeType, CellType)):
+        return [getattr(value, name, None) for name in _OF_CODE]
+    # What a copy of it would be made of.
+    reduce = copyreg.dispatch_table.get(type(value))
+    parts = reduce(value) if reduce else value.__reduce_ex__(2)
+    return [list(part) if isinstance(part, Iterator) else part for part in parts]
 
 
 def _named(module: Any, name_or_path: str | os.PathLike[str] | None) -> str:

@@ -72,7 +72,7 @@ class TrajectoryReservoir:
         self._together = size * groups * self._processes
         # The global sample indices of each batch: always the same ones share a denoiser call.
         starts = [(group * self._processes + index) * size for group in range(groups)]
-        self._groups = [list(range(start, start + size)) for start in starts]
+        self._groups = [range(start, start + size) for start in starts]
         depth = max(1, config.reservoir_size // self._together)
         self._held: deque[list[list[Call]]] = deque(maxlen=depth)  # rounds of groups of calls
         # The counters, from which everything else follows.
@@ -125,7 +125,7 @@ class TrajectoryReservoir:
             picks.append((drawn, source.choice(own)))
         return collate(picks)
 
-    def _read(self, group: list[int]) -> list[int]:
+    def _read(self, group: range) -> list[int]:
         """The next prompts, tokenized as the pipeline does it."""
         start = (self._readings - 1) * self._together
         prompts = [self._prompt(start + sample) for sample in group]
@@ -138,7 +138,7 @@ class TrajectoryReservoir:
 
     # --- trajectories ---
 
-    def _captured(self, round_: int, group: list[int]) -> list[Call]:
+    def _captured(self, round_: int, group: range) -> list[Call]:
         """The teacher's calls for the prompts of a group in this round, each with all of them."""
         config = self._config
         draws = [round_ * self._together + sample for sample in group]
@@ -189,5 +189,5 @@ class TrajectoryReservoir:
         held = range(max(0, state["_rounds"] - (self._held.maxlen or 0)), state["_rounds"])
         for round_ in [] if finished else tqdm(held, "sample the trajectories again", leave=False):
             self._held.append([self._captured(round_, group) for group in self._groups])
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in self.state():
+            setattr(self, name, state[name])

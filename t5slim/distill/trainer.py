@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from signal import SIGINT
@@ -25,7 +25,7 @@ from ..encoder import SlimT5Encoder
 from ..errors import DistillError
 from ..hub import check_no_lora, hub_errors, model_card, write_atomic
 from . import report
-from .checkpoint import TrainingState, interruptible, load_checkpoint, master_weights
+from .checkpoint import TrainingState, interruptible, load_checkpoint, locked, master_weights
 from .config import DistillConfig
 from .metrics import VelocityGap, check_student
 from .objective import Objective
@@ -38,6 +38,7 @@ from .pipeline import (
     encoded_by,
     frozen,
     generate,
+    map_tensors,
 )
 from .prompts import Prompts, PromptSource
 from .reservoir import TrajectoryReservoir
@@ -107,9 +108,10 @@ def train(
         OSError: A checkpoint can't be written; earlier ones are intact.
         KeyboardInterrupt: After a checkpoint was written.
     """
-    config, kwargs = config or DistillConfig(), dict(pipeline_kwargs or {})
-    folder = None if output_dir is None else Path(output_dir).expanduser()
+    config = DistillConfig() if config is None else config
+    kwargs = {} if pipeline_kwargs is None else pipeline_kwargs
     _check_trainable(pipe, student, config)
+    folder = None if output_dir is None else Path(os.path.expanduser(output_dir))
     check_pipeline_kwargs(pipe, kwargs)
     source = PromptSource(prompts)
     held_out = None if eval_prompts is None else PromptSource(eval_prompts).all()
@@ -125,22 +127,30 @@ def train(
     accelerator = Accelerator(
         log_with=list(config.trackers) or None, project_dir=folder and folder / "logs"
     )
-    # The config's, whatever the environment says; and accelerate fixes the precision once for a
-    # process (see `autocast_denoisers`).
+    fixed = accelerator.state  # for the process, maybe by an earlier Accelerator
+    sharded = fixed.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+    sharded = sharded or getattr(fixed, "parallelism_config", None) is not None
+    if sharded or fixed.dynamo_plugin.backend != "NO" or fixed.mixed_precision == "fp8":
+        raise DistillError(f"An Accelerator of this process shards, compiles or has fp8: {fixed}")
+    # The config's, whatever the environment says; and so is the precision: `autocast_denoisers`.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     accelerator.native_amp, accelerator.scaler = False, None
     main, processes = accelerator.is_main_process, accelerator.num_processes
     facts = report.run_facts(pipe, student, config, kwargs, source, held_out, processes)
     if folder is not None:
         report.check_output_dir(folder, resume, facts)
-    checkpoint = load_checkpoint(folder / report.CHECKPOINTS) if folder and resume else None
     if push_to_hub and main:  # rather now than after a week of training
         with hub_errors(f"push_to_hub: {push_to_hub!r}"):
             push_to_hub = HfApi().create_repo(push_to_hub, exist_ok=True).repo_id
-    folder = folder if main else None
     device = torch.device(pipe._execution_device)
 
-    with ExitStack() as stack:
+    with locked(folder) if folder and main else nullcontext(), ExitStack() as stack:
+        checkpoints = Path(folder or "", report.CHECKPOINTS)
+        checkpoint = load_checkpoint(checkpoints, facts["identity"]) if resume else None
+        folder = folder if main else None
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        kwargs = map_tensors(dict(kwargs), lambda _, t: t.clone() if t.is_inference() else t)
         stack.enter_context(frozen(pipe, config.gradient_checkpointing))
         stack.enter_context(master_weights(student, device))
         # Dropout draws from the global generators: seeded below, and given back as they were.
@@ -158,7 +168,13 @@ def train(
         # On every process: a sharded denoiser is called by all of them, or by none.
         measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs) if held_out else None
         sampled = measure.prompts[:4] if measure and config.samples_every else []
-        sample = partial(_sample_images, pipe, sampled, kwargs, config.seed)
+
+        def sample(encode: Encode) -> list[Image.Image]:
+            # One by one, in the memory that one needs; from successive seeds; none of video.
+            seeds = enumerate(sampled, config.seed)
+            images = [generate(pipe, [prompt], kwargs, [seed], encode) for seed, prompt in seeds]
+            return [image for of_prompt in images for image in of_prompt]
+
         # At once: a device without room for the decoder is noticed now.
         teacher_images = sample(call_encoder)
         # The student is on the pipeline's device, which needn't be accelerate's.
@@ -185,12 +201,12 @@ def train(
             stack.callback(_side_job("The end of a tracker")(tracker.finish))
         report.reset_peak_memory(device)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             report.write_run(folder, facts, result)
 
         dtype = config.autocast_dtype
         encode = torch.autocast(device.type, dtype, dtype is not None)(model.__call__)
-        bar = tqdm(total=config.max_steps, initial=result.steps, desc="distil", disable=not main)
+        quiet = {} if main else {"disable": True}  # False would outweigh TQDM_DISABLE
+        bar = tqdm(total=config.max_steps, initial=result.steps, desc="distil", **quiet)
         stack.enter_context(bar)
         while result.steps < config.max_steps:
             start = time.perf_counter()
@@ -214,11 +230,13 @@ def train(
             result.teacher_samples = reservoir.teacher_samples
             result.student_samples = reservoir.student_samples
             finished = result.steps == config.max_steps
+            # Then the student is ready, and nothing else may fail the run.
+            guarded = _side_job if finished else nullcontext
             if finished or result.steps % config.eval_every == 0:
                 total, count = accelerator.reduce(state.losses, "sum").tolist()
                 result.loss = total / count if count else float("nan")
                 result.peak_memory_gib = report.peak_memory_gib(device)
-                with state.ema_weights():
+                with guarded("The last evaluation"), state.ema_weights():
                     if measure is not None:
                         result.report = measure.report(student)
                         result.gap = result.report.gap
@@ -228,7 +246,7 @@ def train(
                 state.losses.zero_()
                 with _side_job("The trackers' entry"):
                     accelerator.log({k: v for k, v in entry.items() if k != "step"}, result.steps)
-                if folder is not None:
+                if folder is not None and not finished:
                     report.write_run(folder, facts, result)
                 bar.set_postfix(loss=result.loss, velocity_gap=result.gap)
             if teacher_images and (finished or result.steps % config.samples_every == 0):
@@ -242,7 +260,8 @@ def train(
             signals = torch.tensor([*interrupted, 0], device=device).max()
             stop = int(accelerator.gather(signals).max())
             if folder and (finished or stop or result.steps % config.checkpoint_every == 0):
-                state.save(folder / report.CHECKPOINTS, config.keep_checkpoints)
+                with guarded("The last checkpoint"):
+                    state.save(checkpoints, config.keep_checkpoints, facts["identity"])
             if stop:
                 how = f"; train again with output_dir={str(folder)!r} and resume=True to go on"
                 message = f"Stopped after update {result.steps}{how if folder else ''}."
@@ -250,24 +269,42 @@ def train(
             bar.update()
         if state.ema:
             state.ema.copy_to(state.parameters)
-    if main:  # with the student in its own dtype again
-        _finish(result, facts, push_to_hub)
+        stack.close()  # the student is in its own dtype again
+        if main:
+            _finish(result, facts, push_to_hub)
     return result
 
 
 # --- before a run ---
 
 
-def _check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:
+def _check_trainable(pipe: Any, student: Any, config: Any) -> None:
     """Refuse a student that can't learn, or can't from this pipeline."""
+    if isinstance(pipe, type) or not hasattr(pipe, "components"):
+        raise DistillError(f"pipe is {pipe!r:.80}; expected what from_pretrained returns.")
+    if not isinstance(config, DistillConfig):
+        raise DistillError(f"config is {config!r:.80}; expected DistillConfig(**config).")
     if not isinstance(student, SlimT5Encoder):
         raise DistillError(
             f"student is a {type(student).__name__}; expected a SlimT5Encoder, compiled in place "
             "or with a LoRA by peft.inject_adapter_in_model. For several students or pipelines, "
             "see examples/series and examples/joint."
         )
+    weights = [*student.parameters()]
+    if any(w.is_meta for w in weights) or not any(w.requires_grad for w in weights):
+        raise DistillError("The student has no weights to train: load it, off the meta device.")
     check_student(pipe, student)
     check_no_cache(pipe)
+    memory = {weight.data_ptr() for weight in weights}
+    for name, module in {"student": student, **pipe.components}.items():
+        parts = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+        wrong = ""
+        if any(part.is_inference() for part in parts):
+            wrong = "was made under torch.inference_mode(), and has no gradient: load it outside"
+        elif module is not student and any(part.data_ptr() in memory for part in parts):
+            wrong = "shares weights with the student: pass copy.deepcopy(student) for that"
+        if wrong:
+            raise DistillError(f"The {name} {wrong}. Of several students, see examples/series.")
     dtypes = {denoiser.dtype for denoiser in denoisers(pipe).values()}
     called = "velocity" in config.weights_at(0)
     if called and torch.float16 in dtypes and config.mixed_precision != "fp16":
@@ -287,13 +324,14 @@ def check_launch(config: DistillConfig) -> None:
     Raises:
         DistillError: Another precision, a dynamo backend, or a student that would be sharded.
     """
+    kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
     allowed = {
         "ACCELERATE_MIXED_PRECISION": config.mixed_precision,
         "ACCELERATE_DYNAMO_BACKEND": "no",
-        **{f"ACCELERATE_USE_{kind}": "false" for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")},
+        **{f"ACCELERATE_USE_{kind}": "false" for kind in kinds},
     }
     for variable, value in allowed.items():
-        if (launched := os.environ.get(variable, "no").lower()) not in ("no", "false", value):
+        if (launched := os.environ.get(variable, "no").lower()) not in ("", "no", "false", value):
             raise DistillError(
                 f"{variable}, or accelerate launch, says {launched!r}; expected {value!r}. The "
                 "precision is the config's. To compile, call student.compile() and "
@@ -303,16 +341,6 @@ def check_launch(config: DistillConfig) -> None:
 
 
 # --- during a run ---
-
-
-def _sample_images(
-    pipe: Any, prompts: list[str], pipeline_kwargs: dict[str, Any], seed: int, encode: Encode
-) -> list[Image.Image]:
-    """An image of each prompt, from successive seeds; none of video."""
-    images: list[Image.Image] = []
-    for i, prompt in enumerate(prompts):  # one by one, in the memory that one needs
-        images += generate(pipe, [prompt], pipeline_kwargs, [seed + i], encode)
-    return images
 
 
 @contextmanager
@@ -329,9 +357,16 @@ def _finish(
 ) -> None:
     """Save the student, then what shows it: a failure there doesn't lose the student."""
     folder, student, images = result.output_dir, result.student, []
+    if result.gap is not None and not result.gap <= 0.9:  # 1 is that of an empty prompt
+        logger.warning(
+            "The student says no more than an empty prompt: its velocity gap is %.3f. Try more "
+            "updates, more of 'embedding' or a longer `annealing`, or a pretrained student "
+            "(SlimT5Encoder.from_t5): see docs/distill.md.", result.gap,
+        )  # fmt: skip
     if folder is not None:
         student.save_pretrained(folder)
-        report.write_run(folder, facts, result)
+        with _side_job("The run's history"):
+            report.write_run(folder, facts, result)
         with _side_job("The plot of the run, for which pip install 't5slim[train]',"):
             report.plot_run(result.history, folder / "run.png")
         images = [*folder.glob("run.png"), *sorted(folder.glob("samples-*.png"))[-1:]]

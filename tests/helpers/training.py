@@ -9,15 +9,18 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import count
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,6 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from zoo import CASES
 
 from t5slim.distill import DistillConfig, DistillResult, train
+from t5slim.distill.report import _by_content
 
 QUICK: dict[str, Any] = {
     "max_steps": 3, "batch_size": 4, "reservoir_size": 8, "warmup_steps": 2, "ema_decay": 0.9,
@@ -82,6 +86,30 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
     """The entries of `history.jsonl`, but for the time that they took."""
     entries = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
+
+
+class Thing:
+    """An object of somebody's own."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+
+def contents(file: Path) -> None:
+    """Write what values of many kinds are known by in this process."""
+    image, ones = Image.linear_gradient("L").resize((4, 4)), torch.ones(2)
+    red, blue = (image.quantize(2) for _ in range(2))
+    blue.putpalette([0, 0, 255, 0, 0, 0])
+    values = [
+        image, image.convert("RGB"), image.rotate(90), image.resize((2, 8)), red, blue,
+        ones, ones.bfloat16(), ones[None], -ones, ones.numpy(), ones.double().numpy(),
+        np.float32(1), np.array(["a", None], dtype=object), b"a", b"b", bytearray(b"a"), 1j,
+        {1: "a"}, {"1": "a"}, {(1, 2): ones}, {"a", "b", "c"}, {"a", "b", "d"}, Path("a"),
+        Thing(a=1), Thing(a=[image]), Thing(a=(image.rotate(90),)), Thing, partial(Thing, a=1),
+        lambda scale: scale + 1, lambda scale: scale + 2, (lambda x: lambda: x)(1),
+        (lambda x: lambda: x)(2), torch.float16, slice(1, 2), {"a": [{"b": ones}]},
+    ]  # fmt: skip
+    file.write_text(json.dumps([_by_content(value) for value in values]))
 
 
 # --- runs in other processes ---------------------------------------------------------------------
