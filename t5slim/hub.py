@@ -72,6 +72,16 @@ def local_path(name: str | os.PathLike[str]) -> str:
     return os.path.expanduser(os.fspath(name))
 
 
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make a folder, if it isn't there; a ConfigError says why it can't be made."""
+    try:
+        path = Path(local_path(folder))
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, TypeError, ValueError) as error:  # ValueError: a NUL
+        raise ConfigError(f"{folder!r} can't be made a folder: {error}") from error
+    return path
+
+
 def find_file(name: str, filename: str, *, subfolder: str = "", **access: Any) -> Path | None:
     """The local path of a file of a folder or Hub repository, downloaded where needed.
 
@@ -185,11 +195,11 @@ def load_strictly(
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise a CheckpointError for a student on the meta device."""
+    """Raise a CheckpointError for a model on the meta device."""
     if any(weight.is_meta for weight in model.parameters()):
         raise CheckpointError(
-            "the student has no weights (it is on the meta device): load it with from_pretrained. "
-            "Under sequential offload, call remove_all_hooks() of its pipeline first."
+            f"this {type(model).__name__} has no weights (it is on the meta device): load it with "
+            "from_pretrained; or, of an offloaded pipeline, call its remove_all_hooks() first."
         )
 
 
@@ -216,8 +226,11 @@ def read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def atomic_save(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield a folder whose files then replace those of `folder`: a full disk harms no old file."""
-    os.makedirs(folder := local_path(folder), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as saved:
+    folder = make_folder(folder)
+    with (
+        hub_errors(str(folder)),
+        tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as saved,
+    ):
         yield saved
         for name in sorted(os.listdir(saved), reverse=True):  # the weights, then config.json
             os.replace(Path(saved, name), Path(folder, name))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import CheckpointError, NoT5SlotError, PatchError
+from .errors import NoT5SlotError, PatchError
+from .hub import check_weights
 
 _COMPONENT = re.compile(r"text_encoder(_\d+)?")
 _T5_CLASS = re.compile(r"\b((UM|M)?T5EncoderModel|SlimT5Encoder)\b")
@@ -190,11 +191,7 @@ class TextSlot:
             enable = pipe.enable_sequential_cpu_offload
         if guest is not None:
             modules.append(guest)
-            if any(weight.is_meta for weight in guest.parameters()):
-                raise CheckpointError(
-                    f"this {type(guest).__name__} has no weights (it is on the meta device): load "
-                    "it; or, if another pipeline offloads it, call that one's remove_all_hooks()."
-                )
+            check_weights(guest)
         # What a pipeline, a module or its hooks are, is in their attributes and in tensors.
         parts = {part for module in modules for part in module.modules()}
         hooks = [part._diffusers_hook for part in parts if hasattr(part, "_diffusers_hook")]

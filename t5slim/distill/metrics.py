@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
 from ..errors import ConfigError, DistillError
+from ..hub import check_weights
 from ..patch import check_fit
 from ..slot import TextSlot, compute_dtype, uncompiled
 from .objective import velocity_loss
-from .pipeline import batches_of, evaluating, lacks_weights, teacher_of
+from .pipeline import batches_of, evaluating, teacher_of
 from .prompts import Prompts, PromptSource
 from .replay import NO_PROMPT, Call, EmbeddingsOf, predictions, split_trajectory
 from .teacher import TeacherEmbeddings, encode_prompts
@@ -114,8 +115,8 @@ def check_student(pipe: Any, student: Any) -> nn.Module:
     if not isinstance(student, nn.Module):
         student = SlimT5Encoder.from_pretrained(student, dtype=compute_dtype(teacher))
         student.to(pipe._execution_device)
-    if lacks_weights(student):
-        raise DistillError("The student has no weights: it is on the meta device. Load it again.")
+    if not any(hasattr(part, "_hf_hook") for part in student.modules()):  # by which it has some
+        check_weights(student)
     memory = {parameter.data_ptr() for parameter in student.parameters()} - {0}  # of no memory
     for name, part in pipe.components.items():
         parameters = part.parameters() if isinstance(part, nn.Module) else ()

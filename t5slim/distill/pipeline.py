@@ -51,18 +51,12 @@ def teacher_of(pipe: Any) -> Any:
             "Build a whole one from its components: FluxPipeline(vae=pipe.vae, ...)."
         )
     slot = TextSlot(pipe)
-    if slot.encoder is None or lacks_weights(slot.encoder):
+    if slot.encoder is None:
         raise DistillError(
-            f"{slot} is None, or on the meta device: there is no teacher to learn from. Load the "
-            "pipeline with its T5, or work within t5slim.distill.cached_teacher(pipe, folder)."
+            f"{slot} is None: there is no teacher to learn from. Load the pipeline with its T5, or "
+            "work within t5slim.distill.cached_teacher(pipe, folder)."
         )
     return slot.encoder
-
-
-def lacks_weights(module: nn.Module) -> bool:
-    """Whether a module is on the meta device, and no offload hook has its weights."""
-    offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())
-    return not offloaded and any(weight.is_meta for weight in module.parameters())
 
 
 def encoded_by(student: Callable[..., Any], pipe: Any) -> Encode:

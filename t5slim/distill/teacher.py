@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, T5Config
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import ConfigError, DistillError
-from ..hub import hub_errors, read_json, write_atomic
+from ..hub import make_folder, read_json, write_atomic
 from ..slot import TextSlot, check_device_map
 from .pipeline import (
     batches_of,
@@ -170,16 +170,6 @@ def prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
 # --- on disk ---
 
 
-def make_folder(folder: str | os.PathLike[str]) -> Path:
-    """Make a folder, if it isn't there; `~` is the user's home."""
-    path = Path(os.path.expanduser(str(folder)))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a NUL
-        raise ConfigError(f"{str(path)!r} can't be made a folder: {error}") from error
-    return path
-
-
 class TeacherCache:
     """The embeddings of one teacher, in a folder that several processes may read and fill.
 
@@ -239,8 +229,7 @@ class TeacherCache:
         """Write the embeddings (S, D) of a prompt, in whole or not at all."""
         content = {"embeddings": embeddings.detach().cpu().contiguous()}
         file = self.file(key)
-        with hub_errors(str(file)):
-            write_atomic(file, save(content, {"sha256": tensor_sha256(embeddings)}))
+        write_atomic(file, save(content, {"sha256": tensor_sha256(embeddings)}))
 
     def file(self, key: str) -> Path:
         """The file of a prompt's embeddings, which needn't be there."""

@@ -35,8 +35,9 @@ from ..distill.pipeline import (
 )
 from ..distill.prompts import PromptSource
 from ..distill.report import peak_memory_gib, reset_peak_memory
-from ..distill.teacher import CachedTeacher, make_folder
+from ..distill.teacher import CachedTeacher
 from ..errors import ConfigError
+from ..hub import make_folder
 from ..patch import is_student, patch_pipeline, student_config, unpatch_pipeline
 from ..slot import TextSlot
 from .result import LABELS, SAMPLE_KEYS, TEACHER, Comparison

@@ -17,7 +17,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from PIL import Image
 
 from ..distill.report import image_grid
-from ..distill.teacher import make_folder
+from ..hub import make_folder
 
 TEACHER = "teacher"
 LABELS = {
