@@ -13,7 +13,7 @@ LIMITS = {
     "lines of the longest module": 450,
     "exported names": 30,
     "settings of DistillConfig": 24,
-    "lines of tests/": 6_500,
+    "lines of tests/": 8_000,
     "bytes of examples/": 36_000_000,
     "words of docs/ without the log": 8_000,
 }
