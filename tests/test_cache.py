@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -172,6 +175,35 @@ def test_under_offload(offload: str, tmp_path: Path) -> None:
     assert pipe.text_encoder_2 is None
 
 
+@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+def test_an_interrupt_leaves_t5_in_the_slot(offload: str, tmp_path: Path) -> None:
+    """Whichever line of `cached_teacher` it comes at."""
+    pipe, _, cache = cached(tmp_path)
+    OFFLOADS[offload](pipe)
+    teacher, code = pipe.text_encoder_2, inspect.unwrap(cached_teacher).__code__
+    for lines in itertools.count(1):
+        left = itertools.count(lines, -1)
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            if event == "line" and next(left) == 1:  # noqa: B023
+                raise KeyboardInterrupt
+            return trace if frame.f_code is code else None
+
+        context, before = cached_teacher(pipe, cache), sys.gettrace()
+        sys.settrace(trace)
+        try:
+            context.__enter__()
+        except KeyboardInterrupt:
+            assert pipe.text_encoder_2 is teacher, lines
+        else:
+            break
+        finally:
+            sys.settrace(before)
+    assert lines > 5 and isinstance(pipe.text_encoder_2, CachedTeacher)
+    context.__exit__(None, None, None)
+    assert pipe.text_encoder_2 is teacher
+
+
 @pytest.mark.parametrize("name", ["flux", "sd3", "pixart_sigma", "chroma", "ltx"])
 def test_a_pipeline_with_only_its_text_encoders_fills_the_cache(name: str, tmp_path: Path) -> None:
     pipe, kwargs, whole = cached(tmp_path / "whole", name)
@@ -187,7 +219,7 @@ def test_a_pipeline_with_only_its_text_encoders_fills_the_cache(name: str, tmp_p
 def test_a_prompt_that_is_not_cached_is_shown(tmp_path: Path) -> None:
     pipe, kwargs, _ = cached(tmp_path)
     with cached_teacher(pipe, tmp_path):
-        with pytest.raises(DistillError, match="'a blue square', padded to 12 tokens, aren't in"):
+        with pytest.raises(DistillError, match="'a blue square', padded to 12 tokens, isn't in"):
             targets_of(pipe, kwargs, [PROMPTS[0], "a blue square"])
         with pytest.raises(DistillError, match=r"padded to 8 tokens.*max_sequence_length"):
             targets_of(pipe, kwargs | {"max_sequence_length": 8}, PROMPTS[:1])
@@ -223,20 +255,20 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
     pipe, kwargs, cache = cached(tmp_path, "sd3")
     files = sorted(tmp_path.iterdir())
     other, _ = setting("sd3", seed=1)
-    with pytest.raises(DistillError, match=r"another teacher .*\. weights: .* in the pipeline"):
+    with pytest.raises(DistillError, match=r"another teacher: its weights is .*, this pipeline's "):
         cached_teacher(other, cache).__enter__()
     pipe.text_encoder_3.bfloat16()
-    with pytest.raises(DistillError, match=r"weights: .*dtype: float32 in the cache, bfloat16 in"):
+    with pytest.raises(DistillError, match="dtype is float32, this pipeline's bfloat16"):
         cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs)
     TextSlot(other).replace(None)
     # Without T5, its weights can't be compared; all else is.
     with cached_teacher(other, cache):
         targets_of(other, kwargs, PROMPTS[:1])
     other.tokenizer_3.add_tokens(["zebra"])
-    with pytest.raises(DistillError, match="tokenizer: "):
+    with pytest.raises(DistillError, match="its tokenizer is "):
         cached_teacher(other, cache).__enter__()
     other.transformer.register_to_config(joint_attention_dim=64)
-    with pytest.raises(DistillError, match="width: 32 in the cache, 64 in the pipeline; tokenizer"):
+    with pytest.raises(DistillError, match="width is 32, this pipeline's 64"):
         cached_teacher(other, cache).__enter__()
     assert other.text_encoder_3 is None and sorted(tmp_path.iterdir()) == files
 
@@ -246,7 +278,7 @@ def test_folders_that_hold_no_cache(tmp_path: Path) -> None:
     with pytest.raises(DistillError, match="doesn't take"):
         cache_teacher(pipe, PROMPTS, tmp_path / "new", pipeline_kwargs={"heihgt": 16})
     TextSlot(pipe).replace(None)
-    with pytest.raises(DistillError, match=r"no cached embeddings: it has no teacher\.json"):
+    with pytest.raises(DistillError, match=r"no cached embeddings.*No such file"):
         cache_teacher(pipe, PROMPTS, tmp_path / "new", pipeline_kwargs=kwargs)
     assert not (tmp_path / "new").exists()
 
@@ -265,6 +297,23 @@ def test_a_damaged_file_is_not_believed(ending: bytes, tmp_path: Path, caplog: A
     assert encoded == [8]  # one prompt, in a batch that is filled up
     with cached_teacher(pipe, cache):
         assert_equal(targets_of(pipe, kwargs, PROMPTS), expected)
+
+
+def test_files_that_are_swapped_are_not_believed(tmp_path: Path, caplog: Any) -> None:
+    """Each is whole, under the name of the other, or of a prompt that isn't cached."""
+    pipe, kwargs, cache = cached(tmp_path)
+    one, other = sorted(tmp_path.glob("??/*.safetensors"))[:2]
+    before = one.read_bytes(), other.read_bytes()
+    other.write_bytes(before[0])
+    one.write_bytes(before[1])
+    new = cache.file("ab" * 32)
+    new.parent.mkdir(exist_ok=True)
+    new.write_bytes(before[0])
+    for file in (one, other, new):
+        assert cache.get(file.stem) is None and not file.exists()
+        assert f"{file} is damaged" in caplog.text
+    cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs)
+    assert (one.read_bytes(), other.read_bytes()) == before
 
 
 def test_no_flipped_bit_is_believed(tmp_path: Path) -> None:

@@ -30,10 +30,7 @@ REPORTED: dict[str, Any] = {
 ALWAYS = {
     "step", "loss", "learning_rate", "skipped", "seconds", "teacher_samples", "student_samples",
 }  # fmt: skip
-MEASURED = {
-    "velocity_gap", "velocity_gap_first_third", "velocity_gap_middle_third",
-    "velocity_gap_last_third", "embedding_spread",
-}  # fmt: skip
+MEASURED = {"velocity_gap", "embedding_spread"}
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +174,20 @@ def test_values_are_known_by_their_content_in_every_process(tmp_path: Path) -> N
     assert here == there and len({*map(json.dumps, here)}) == len(here)
 
 
-@pytest.mark.parametrize("value", [(i for i in "a"), threading.Lock(), torch.ones(1).to("meta")])
+def local() -> type:
+    class Local:
+        pass
+
+    return Local
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        (i for i in "a"), threading.Lock(), torch.ones(1).to("meta"), lambda scale: scale, local(),
+        local()(),
+    ],
+)  # fmt: skip
 def test_a_value_without_known_content_is_refused(value: Any) -> None:
     kwargs = call_kwargs(tiny_flux()) | {"joint_attention_kwargs": {"x": [value]}}
     with pytest.raises(DistillError, match="pipeline_kwargs holds what can't be told by its cont"):

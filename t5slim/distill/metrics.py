@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from tqdm.auto import tqdm
 from ..encoder import SlimT5Encoder
 from ..errors import ConfigError, DistillError
 from ..hub import check_weights
-from ..patch import check_fit
-from ..slot import TextSlot, compute_dtype, uncompiled
+from ..patch import check_fit, student_config
+from ..slot import TextSlot, compute_dtype, embedding_width, is_student
 from .objective import velocity_loss
 from .pipeline import batches_of, evaluating, teacher_of
 from .prompts import Prompts, PromptSource
@@ -57,15 +58,6 @@ class GapReport:
     def of_calls(self) -> Tensor:
         """(C,), the gap at each call; NaN for a call that reads the negative prompt alone."""
         return self.distances.sum(0) / self.denominators.sum(0)
-
-    @property
-    def thirds(self) -> tuple[float | None, ...]:
-        """The gap of the first, middle and last third of the calls; None for one without a call."""
-        C = self.distances.shape[1]
-        third = torch.arange(C) * 3 // C
-        chosen = [third == i for i in range(3)]
-        sums = [(self.distances[:, c].sum(), self.denominators[:, c].sum()) for c in chosen]
-        return tuple((distance / whole).item() if whole else None for distance, whole in sums)
 
 
 def velocity_gap(
@@ -112,6 +104,9 @@ def velocity_gap(
 def check_student(pipe: Any, student: Any) -> nn.Module:
     """Refuse a student that doesn't fit the pipeline, or that is the teacher itself."""
     teacher = teacher_of(pipe)
+    # A plain T5, such as a quantized one, may stand for a student as well.
+    if is_student(student) or embedding_width(getattr(student, "config", None)) is None:
+        check_fit(student_config(student), TextSlot(pipe))
     if not isinstance(student, nn.Module):
         student = SlimT5Encoder.from_pretrained(student, dtype=compute_dtype(teacher))
         student.to(pipe._execution_device)
@@ -120,14 +115,11 @@ def check_student(pipe: Any, student: Any) -> nn.Module:
     memory = {parameter.data_ptr() for parameter in student.parameters()} - {0}  # of no memory
     for name, part in pipe.components.items():
         parameters = part.parameters() if isinstance(part, nn.Module) else ()
-        if any(parameter.data_ptr() in memory for parameter in parameters):
+        if not memory.isdisjoint(parameter.data_ptr() for parameter in parameters):
             raise DistillError(
                 "The student is the teacher, or shares its weights or another component's: some "
-                f"are in the {name} of this {type(pipe).__name__}. It must have its own, and the "
-                "text slot the T5 to be learned from: see t5slim.unpatch_pipeline(pipe)."
+                f"are in the {name}. Pass another, or put T5 back: t5slim.unpatch_pipeline(pipe)."
             )
-    if isinstance(uncompiled(student), SlimT5Encoder):
-        check_fit(uncompiled(student).config, TextSlot(pipe))
     return student
 
 
@@ -183,8 +175,8 @@ class VelocityGap:
             trajectory = capture(pipe, batch, seed=seeds, teacher=self._teacher, **options)
             if decode and len(trajectory.images) != len(batch):
                 raise DistillError(
-                    f"{type(pipe).__name__} generated {len(trajectory.images)} images of "
-                    f"{len(batch)} prompts. VelocityGap measures video and sound without decode."
+                    f"{len(batch)} prompts gave {len(trajectory.images)} images. VelocityGap "
+                    f"measures video and sound without decode."
                 )
             self.images += trajectory.images
             self._calls = len(trajectory.denoiser_calls)
@@ -203,10 +195,7 @@ class VelocityGap:
 
     def report(self, student: nn.Module) -> GapReport:
         """The gap of a student by prompt and call, and its spread; its mode is as before."""
-
-        def of_student(indices: tuple[int, ...]) -> Tensor:
-            return encode_prompts(student, self._teacher, indices, self._device)
-
+        of_student = partial(encode_prompts, student, self._teacher, device=self._device)
         with evaluating(student):
             distances, spread = self._distances(of_student), None
             if self._teacher_spread:
@@ -218,24 +207,16 @@ class VelocityGap:
         """(P, C), as in `GapReport`, if the text is what `embeddings_of` says."""
         totals = torch.zeros(len(self.prompts), self._calls, dtype=torch.float64)
         for batch in self._batches:
-            found = self._predictions(batch, embeddings_of)
+            embeddings = embeddings_of(batch.prompts)
+            known = dict(zip(batch.prompts, embeddings, strict=True))
+            # Of a trajectory as a whole, the empty prompt is and stays the teacher's.
+            known[batch.empty] = self._of_teacher((batch.empty,))[0].to(embeddings)
+            found = predictions(self._pipe, [*batch.calls.values()], partial(_padded, known))
             for (i, call), prediction in zip(batch.calls.items(), found, strict=True):
                 losses = velocity_loss(prediction, call.target).to("cpu", torch.float64)
                 places = batch.first + torch.tensor(call.places)
                 totals[:, i].index_add_(0, places, losses * call.target[0].numel())
         return totals
-
-    def _predictions(self, batch: _Batch, embeddings_of: EmbeddingsOf) -> Iterator[Tensor]:
-        """For each of the batch's calls, (N, ...), if the text is what `embeddings_of` says."""
-        embeddings = embeddings_of(batch.prompts)
-        known = dict(zip(batch.prompts, embeddings, strict=True))
-        # Of a trajectory as a whole, the empty prompt is and stays the teacher's.
-        known[batch.empty] = self._of_teacher((batch.empty,))[0].to(embeddings)
-
-        def encoded(prompts: tuple[int, ...]) -> Tensor:
-            return pad_sequence([known[prompt] for prompt in prompts], batch_first=True)
-
-        return predictions(self._pipe, [*batch.calls.values()], encoded)
 
     @torch.no_grad()
     def _spread(self, embeddings_of: EmbeddingsOf) -> float:
@@ -267,3 +248,7 @@ class VelocityGap:
         calls = {i: call for i, call in kept.items() if call is not None}
         prompts = {prompt for call in calls.values() for prompt in call.prompts}
         return _Batch(first, empty, tuple(sorted(prompts - {empty})), calls)
+
+
+def _padded(embeddings: Mapping[int, Tensor], prompts: tuple[int, ...]) -> Tensor:
+    return pad_sequence([embeddings[prompt] for prompt in prompts], batch_first=True)

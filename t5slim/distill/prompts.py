@@ -132,40 +132,29 @@ def hash_position(prompt: str) -> float:
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6], "big") / 2**48
 
 
-# --- readers ---
-
-
 def _parts(prompts: Prompts) -> list[tuple[float, list[str]]]:
     """The weights and distinct prompts of any form."""
     if isinstance(prompts, PromptSource):
         return prompts.parts
-    table = hasattr(prompts, "columns") or hasattr(prompts, "column_names")
-    if table or isinstance(prompts, Set):  # a set has another order in each process
-        column = "table['caption']"
-        column = f"{column}.to_pylist()" if hasattr(prompts, "to_pylist") else f"list({column})"
-        wanted = f"a list: of a table, {column}; of a set, sorted(prompts)"
-        raise DistillError(f"Got a {type(prompts).__name__}; expected {wanted}.")
+    forms: Any = {"file": _read_file, "dataset": _read_dataset, "generator": generate_prompts}
     try:
-        if isinstance(prompts, Mapping):
-            if "file" in prompts:
-                return [(1, _read_file(**prompts))]
-            if "dataset" in prompts:
-                return [(1, _read_dataset(**prompts))]
-            if "generator" in prompts:
-                return [(1, generate_prompts(**prompts))]
-            return _mix(**prompts)
         if isinstance(prompts, (str, os.PathLike)):
             return [(1, _read_file(prompts))]
+        if isinstance(prompts, Mapping):
+            found = [read for form, read in forms.items() if form in prompts]
+            return [(1, found[0](**prompts))] if found else _mix(**prompts)
+        # Iterated, these give the names of their columns, or another order in each process.
+        if isinstance(prompts, Set) or {"columns", "column_names"} & {*dir(prompts)}:
+            raise TypeError(f"got a {type(prompts).__name__}")
         texts = getattr(prompts, "to_pylist", lambda: prompts)()  # of Arrow's arrays
-        end = None if isinstance(texts, Sized) else _LIMIT
-        return [(1, _distinct(islice(texts, end), "list"))]
+        return [(1, _distinct(islice(texts, None if isinstance(texts, Sized) else _LIMIT), "list"))]
     except T5SlimError:
         raise
-    except Exception as error:  # of keys, of values of another type, or of what is read
+    except Exception as error:  # `datasets` and the readers behind it have no common base
         raise DistillError(
-            f"{prompts!r:.200}: {error!r}; expected {{file, column}}, {{dataset, column, config, "
-            "split, revision, limit}, {generator: compositional or text_rendering, count}, "
-            "{mixture: [{weight, prompts}, ...]}, or a list: of a table, list(table['caption'])."
+            f"{prompts!s:.200}: {error!r}; expected a list (of a table, table['caption']; of a "
+            "set, sorted(prompts)), a file, {file, column}, {dataset, column, config, split, "
+            "revision, limit}, {generator, count} or {mixture: [{weight, prompts}, ...]}."
         ) from error
 
 
@@ -188,34 +177,29 @@ def _read_file(file: str | os.PathLike[str], column: str | None = None) -> list[
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as text:
             return _distinct(iter(partial(text.readline, _LONGEST + 1), ""), path.name)
     files = glob.escape(path.name)
-    return _read_dataset(str(path.parent), column, limit=None, data_files=files)
+    return _read_dataset(str(path.absolute().parent), column, limit=None, data_files=files)
 
 
 def _read_dataset(dataset: str, column: str | None = None, **options: Any) -> list[str]:
     """Stream the column of prompts out of a data set; errors call it `data_files`, if there."""
+    import datasets  # type: ignore[import-untyped]
+
     name = options.get("data_files", dataset)
     limit, config = options.pop("limit", _LIMIT), options.pop("config", None)
-    try:
-        import datasets  # type: ignore[import-untyped]
-
-        with hub_errors(name):
-            # Streamed: nothing is copied to the cache. No code of a data set's own is run.
-            options = {"split": "train", **options, "streaming": True}
-            table = datasets.load_dataset(dataset, config, **options)
-            names = table.column_names or list(next(iter(table), {}))
-            usual = [name for name in names if name.lower() in ("prompt", "caption", "text")]
-            if column is None and len(usual) == 1:
-                column = usual[0]
-            # Where lines have more fields than the header, pandas makes an index of the first ones.
-            if column not in names or "__index_level_0__" in names:
-                wanted = column or "one called prompt, caption or text, or its name as `column`"
-                raise ValueError(f"the columns are {names}; expected {wanted}, commas in quotes.")
-            rows = islice(table.select_columns([column]), limit)
-            return _distinct((row[column] or "" for row in rows), name)
-    except T5SlimError:
-        raise
-    except Exception as error:  # `datasets` and the readers behind it have no common base
-        raise DistillError(f"{name}: {error}") from error
+    with hub_errors(name):
+        # Streamed: nothing is copied to the cache. No code of a data set's own is run.
+        options = {"split": "train"} | options
+        table = datasets.load_dataset(dataset, config, streaming=True, **options)
+        names = table.column_names or list(next(iter(table), {}))
+        usual = [name for name in names if name.lower() in ("prompt", "caption", "text")]
+        if column is None and len(usual) == 1:
+            column = usual[0]
+        # Where lines have more fields than the header, pandas makes an index of the first ones.
+        if column not in names or "__index_level_0__" in names:
+            wanted = column or "one called prompt, caption or text, or its name as `column`"
+            raise ValueError(f"the columns are {names}; expected {wanted}, commas in quotes.")
+        rows = islice(table.select_columns([column]), limit)
+        return _distinct((row[column] or "" for row in rows), name)
 
 
 def _distinct(prompts: Iterable[str], name: str, count: int | None = None) -> list[str]:
@@ -233,8 +217,6 @@ def _distinct(prompts: Iterable[str], name: str, count: int | None = None) -> li
         raise DistillError(f"{name} holds no prompts; expected at least one.")
     return list(found)
 
-
-# --- generators ---
 
 _parser = ConfigParser(interpolation=None)
 _parser.read(Path(__file__).with_name("words.txt"), "utf-8")
@@ -255,11 +237,15 @@ def generate_prompts(
         seed: Seed of the draws. The prompts of a lower count are the first of a higher one.
 
     Raises:
-        DistillError: The function returns no text, or `count` is 0.
-        KeyError: An unknown criterion.
+        DistillError: An unknown criterion, a `count` of 0 or above a million, or the function
+            returns no text.
     """
-    if not count <= _LIMIT:
-        raise DistillError(f"count is {count}; expected at most {_LIMIT:,}.")
+    known = callable(generator) or generator in ("compositional", "text_rendering")
+    if not (known and isinstance(count, int) and count <= _LIMIT):
+        raise DistillError(
+            f"Got generator={generator!r:.80} and count={count!r:.80}; expected a function, "
+            f"compositional or text_rendering, and at most {_LIMIT:,} prompts."
+        )
     make = generator if callable(generator) else partial(_expand, generator)
     rng = Random(seed)
     return _distinct((make(rng) for _ in range(10 * count)), "generator", count)

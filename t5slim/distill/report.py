@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copyreg
 import hashlib
 import json
 import math
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import CellType, CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -40,11 +39,6 @@ _FREE = {
     "batch_size",
     "gradient_accumulation_steps",
 }
-# What tells a class or a function, and its parts, from another.
-_OF_CODE = (
-    "__module__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__", "__closure__",
-    "co_code", "co_names", "co_consts", "cell_contents",
-)  # fmt: skip
 _SAVED = {"architectures", "dtype", "transformers_version"}  # what a save adds to a config
 
 
@@ -87,13 +81,9 @@ class DistillResult:
 
     def add_history(self, learning_rate: float) -> dict[str, Any]:
         """Add an entry for an evaluation, by the names of docs/distill.md, and return it."""
-        numbers = self.numbers()
-        entry = {"step": numbers.pop("steps"), "velocity_gap": numbers.pop("gap"), **numbers}
-        entry["learning_rate"] = learning_rate
-        if self.report is not None:
-            thirds = zip(("first", "middle", "last"), self.report.thirds, strict=True)
-            entry |= {f"velocity_gap_{name}_third": gap for name, gap in thirds}
-            entry["embedding_spread"] = self.report.spread
+        entry = self.numbers() | {"learning_rate": learning_rate}
+        entry = {"step": entry.pop("steps"), "velocity_gap": entry.pop("gap"), **entry}
+        entry["embedding_spread"] = getattr(self.report, "spread", None)
         self.history.append({name: value for name, value in entry.items() if value is not None})
         return self.history[-1]
 
@@ -113,9 +103,6 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-# --- the identity of a run ---
-
-
 def run_facts(
     pipe: Any,
     student: SlimT5Encoder,
@@ -132,18 +119,18 @@ def run_facts(
     """
     teacher = teacher_of(pipe)
     denoiser = next(iter(denoisers(pipe).values()), pipe)
-    packages = ("torch", "diffusers", "transformers", "accelerate")
-    settings = {f"config.{k}": v for k, v in vars(config).items() if k not in _FREE}
     shape = {f"student.{k}": v for k, v in student.config.to_diff_dict().items() if k not in _SAVED}
-    identity = {
-        "pipeline_class": type(pipe).__name__,
-        "pipeline_kwargs": pipeline_kwargs,
-        "prompts_per_step": config.batch_size * config.gradient_accumulation_steps * processes,
-        "prompts": prompts.facts(),
-        "eval_prompts": None if eval_prompts is None else PromptSource(eval_prompts).facts(),
-    }
+    packages = ("torch", "diffusers", "transformers", "accelerate")
     facts = {
-        "identity": identity | settings | shape,
+        "identity": {
+            "pipeline_class": type(pipe).__name__,
+            "pipeline_kwargs": pipeline_kwargs,
+            "prompts_per_step": config.batch_size * config.gradient_accumulation_steps * processes,
+            "prompts": prompts.facts(),
+            "eval_prompts": eval_prompts and PromptSource(eval_prompts).facts(),
+            **{f"config.{k}": v for k, v in vars(config).items() if k not in _FREE},
+            **shape,
+        },
         "pipeline": _named(pipe, denoiser.config.get("_name_or_path")),
         "teacher": _named(teacher, teacher.config.name_or_path),
         "config": vars(config),
@@ -155,7 +142,7 @@ def run_facts(
     except Exception as error:  # of the values' own classes
         raise DistillError(
             f"pipeline_kwargs holds what can't be told by its content ({error!r}), by which a run "
-            "is known again: pass plain values, tensors, arrays, images, or objects of these."
+            "is known again: pass plain values, tensors, arrays, images, objects of these."
         ) from error
 
 
@@ -167,14 +154,14 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> No
         ConfigError: Its `distillation.json` is damaged.
     """
     path = folder / METADATA
-    if not (resume and path.exists()):
-        for name in (METADATA, "config.json"):
-            if (folder / name).exists():
-                raise DistillError(
-                    f"output_dir {str(folder)!r} holds another run or model ({name}). Pass "
-                    "resume=True to go on with it, a new folder, or remove that one."
-                )
+    there = [file.name for file in (path, folder / "config.json") if file.exists()]
+    if not there:
         return
+    if not resume or METADATA not in there:
+        raise DistillError(
+            f"output_dir {str(folder)!r} holds another run or model ({there[0]}). Pass resume=True "
+            "to go on with it, a new folder, or remove that one."
+        )
     try:
         then, now = read_json(path)["identity"], facts["identity"]
         differences = [
@@ -182,46 +169,41 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> No
             for name in sorted(then.keys() | now.keys())
             if then.get(name) != now.get(name)
         ]
-    except (AttributeError, KeyError, OSError, RecursionError) as error:
+    except (AttributeError, KeyError, RecursionError) as error:
         raise ConfigError(f"{path} isn't a whole file of a run ({error!r}): remove it.") from error
     if differences:
         raise DistillError(
-            f"The run in {str(folder)!r} can't be resumed with other settings. They differ in "
-            f"{'; '.join(differences)}. Pass those that the run was started with, or another "
-            "output_dir."
+            f"The run in {str(folder)!r} has other settings: {'; '.join(differences)}. Pass those "
+            "that it was started with, or another output_dir."
         )
 
 
 def _by_content(value: Any) -> Any:
-    """A value in the types of JSON, or the SHA-256 of its content: the same in every process."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_by_content(item) for item in value]
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _by_content(item) for key, item in value.items()}
-    if isinstance(value, torch.Tensor):
-        return f"{tensor_sha256(value.resolve_conj())} {value.dtype} {tuple(value.shape)}"
-    is_bytes = isinstance(value, bytes)
-    content = value if is_bytes else json.dumps(_by_content(_parts_of(value))).encode()
-    return f"{type(value).__name__} {hashlib.sha256(content).hexdigest()}"
+    """A value in the types of JSON, or the SHA-256 of its content: the same in every process.
 
-
-def _parts_of(value: Any) -> Sequence[Any]:
-    """What a value is made of that has no type in JSON."""
-    if isinstance(value, Mapping):
-        return [*value.items()]
-    if isinstance(value, Set):
-        return sorted(map(_by_content, value), key=json.dumps)
-    if isinstance(value, Image.Image):  # whatever file it is from
-        palette, clear = value.getpalette(None), value.info.get("transparency")
-        return value.mode, value.size, palette, clear, value.tobytes()
-    if isinstance(value, (type, FunctionType, CodeType, CellType)):
-        return [getattr(value, name, None) for name in _OF_CODE]
-    # What a copy of it would be made of.
-    reduce = copyreg.dispatch_table.get(type(value))
-    parts = reduce(value) if reduce else value.__reduce_ex__(2)
-    return [list(part) if isinstance(part, Iterator) else part for part in parts]
+    Of a function or class, that is its name; so a lambda, or what is local to a function, has none.
+    """
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list() | tuple():
+            return [_by_content(item) for item in value]
+        case Mapping() if all(isinstance(key, str) for key in value):
+            return {key: _by_content(item) for key, item in value.items()}
+        case Mapping():
+            return [_by_content(item) for item in value.items()]
+        case Set():
+            return sorted(map(_by_content, value), key=json.dumps)
+        case bytes() | bytearray():
+            return f"{type(value).__name__} {hashlib.sha256(value).hexdigest()}"
+        case torch.Tensor():
+            return f"{tensor_sha256(value.resolve_conj())} {value.dtype} {tuple(value.shape)}"
+        case Image.Image():  # whatever file it is from
+            palette, clear = bytes(value.getpalette(None) or ()), value.info.get("transparency")
+            return _by_content([value.mode, value.size, palette, clear, value.tobytes()])
+        case type() | FunctionType() if "<" not in value.__qualname__:
+            return f"{value.__module__}.{value.__qualname__}"
+    return _by_content(value.__reduce_ex__(2))  # class and state, of which a copy would be made
 
 
 def _named(module: Any, name_or_path: str | os.PathLike[str] | None) -> str:
@@ -232,9 +214,6 @@ def _named(module: Any, name_or_path: str | os.PathLike[str] | None) -> str:
         return f"{name} of {found[1].replace('--', '/')} at {found[2]}"
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path)
     return f"{name} of {path}" if is_id else name
-
-
-# --- files ---
 
 
 def write_run(folder: Path, facts: Mapping[str, Any], result: DistillResult) -> None:
@@ -273,11 +252,9 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     steps = [entry["step"] for entry in history]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     for title, axes in zip(("velocity_gap", "loss"), figure.subplots(1, 2), strict=True):
-        for key in (key for key in history[-1] if key.startswith(title)):
-            axes.plot(steps, [entry[key] for entry in history], label=key, marker=".")
+        axes.plot(steps, [entry.get(title, math.nan) for entry in history], marker=".")
         axes.set(title=title, xlabel="updates", yscale="log")
         axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=100)
 
 

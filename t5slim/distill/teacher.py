@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,9 @@ from transformers import PreTrainedModel, T5Config
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import ConfigError, DistillError
-from ..hub import make_folder, read_json, write_atomic
+from ..hub import check_weights, make_folder, read_json, write_atomic
 from ..slot import TextSlot, check_device_map
-from .pipeline import (
-    batches_of,
-    call_encoder,
-    check_pipeline_kwargs,
-    evaluating,
-    teacher_of,
-    tensor_sha256,
-    tokenize,
-)
+from . import pipeline
 from .prompts import Prompts, PromptSource
 
 logger = logging.getLogger(__name__)
@@ -51,12 +43,9 @@ _MAX_BYTES = 8 << 30  # of the teacher's embeddings in host memory
 _BATCH = 8
 _TEACHER_FILE = "teacher.json"
 # What decides on the embeddings: the same weights may lie under another name on another machine.
-_DECISIVE = ("weights", "dtype", "width", "tokenizer")
+_DECISIVE = ("width", "dtype", "tokenizer", "weights")
 # Of each tensor of the teacher, evenly spread: enough to know it from one that was trained further.
 _FINGERPRINT_ELEMENTS = 1024
-
-
-# --- in memory ---
 
 
 class TeacherEmbeddings:
@@ -137,25 +126,18 @@ class TeacherEmbeddings:
             together = [i for i in indices if len(self._prompts[i][0]) == length]
             for start in range(0, len(together), _BATCH):
                 batch = together[start : start + _BATCH]
-                yield from zip(batch, _encode(forward, *self.tokens(batch, device)), strict=True)
+                # Matrix products round by the size of their batch: all have one, so this is filled.
+                filled = batch + batch[-1:] * (_BATCH - len(batch))
+                with torch.no_grad():
+                    found = pipeline.call_encoder(forward, *self.tokens(filled, device))
+                yield from zip(batch, found, strict=False)
 
 
 def encode_prompts(
     encoder: Any, teacher: TeacherEmbeddings, indices: Sequence[int], device: torch.device
 ) -> Tensor:
     """A student's embeddings of prompts by index, (B, S, D)."""
-    return call_encoder(encoder, *teacher.tokens(indices, device))
-
-
-@torch.no_grad()
-def _encode(forward: Callable[..., Any], ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The teacher's embeddings, (B, S, D), of up to `_BATCH` prompts.
-
-    Those of a prompt are the same, bit for bit, in every batch.
-    """
-    # Matrix products round by the size of their batch: all have one, the last one is filled up.
-    index = torch.arange(_BATCH, device=ids.device).clamp(max=len(ids) - 1)
-    return call_encoder(forward, ids[index], None if mask is None else mask[index])[: len(ids)]
+    return pipeline.call_encoder(encoder, *teacher.tokens(indices, device))
 
 
 def prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
@@ -167,9 +149,6 @@ def prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
     return [hashlib.sha256(content.tobytes()).hexdigest() for content in contents.numpy()]
 
 
-# --- on disk ---
-
-
 class TeacherCache:
     """The embeddings of one teacher, in a folder that several processes may read and fill.
 
@@ -179,31 +158,25 @@ class TeacherCache:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(os.path.expanduser(str(folder)))
-        if not (file := self.folder / _TEACHER_FILE).is_file():
-            raise DistillError(
-                f"{str(self.folder)!r} holds no cached embeddings: it has no {_TEACHER_FILE}. "
-                "t5slim.distill.cache_teacher makes one, from a pipeline with its T5."
-            )
-        self.teacher = read_json(file)
         try:
+            self.teacher = read_json(self.folder / _TEACHER_FILE)
             width, dtype = self.teacher["width"], getattr(torch, self.teacher["dtype"])
             self.like = torch.empty(0, width, dtype=dtype)  # embeddings of no token
             os.fspath(self.teacher["name_or_path"])
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            raise ConfigError(f"{file} is damaged: {error!r}. Pass another folder.") from error
+        except (AttributeError, ConfigError, KeyError, RuntimeError, TypeError) as error:
+            raise DistillError(
+                f"{str(self.folder)!r} holds no cached embeddings, or damaged ones ({error!r}). "
+                "Pass a new folder to t5slim.distill.cache_teacher, and a pipeline with its T5."
+            ) from error
 
     def check(self, teacher: Mapping[str, Any]) -> None:
         """Raise a DistillError for another teacher; what isn't known of it isn't compared."""
-        differences = [
-            f"{name}: {self.teacher.get(name)} in the cache, {teacher[name]} in the pipeline"
-            for name in _DECISIVE
-            if teacher.get(name) not in (None, self.teacher.get(name))
-        ]
-        if differences:
-            raise DistillError(
-                f"{str(self.folder)!r} holds the embeddings of another teacher than this "
-                f"pipeline's. {'; '.join(differences)}. Pass another folder, or load that teacher."
-            )
+        for name in _DECISIVE:
+            if teacher.get(name) not in (None, cached := self.teacher.get(name)):
+                raise DistillError(
+                    f"{str(self.folder)!r} holds the embeddings of another teacher: its {name} is "
+                    f"{cached}, this pipeline's {teacher[name]}. Pass another folder, or load that."
+                )
 
     def get(self, key: str) -> Tensor | None:
         """The embeddings of a prompt, (S, D) on the CPU, or None. A damaged file is removed."""
@@ -211,7 +184,7 @@ class TeacherCache:
         try:
             with safe_open(file, "pt") as content:
                 embeddings = content.get_tensor("embeddings")
-                if (content.metadata() or {}).get("sha256") == tensor_sha256(embeddings):
+                if content.metadata() == _metadata(key, embeddings):
                     kind = (*embeddings.shape[1:], embeddings.dtype)
                     if kind != (*self.like.shape[1:], self.like.dtype):
                         raise DistillError(f"{file} has {kind}, unlike its {_TEACHER_FILE}.")
@@ -228,12 +201,17 @@ class TeacherCache:
     def add(self, key: str, embeddings: Tensor) -> None:
         """Write the embeddings (S, D) of a prompt, in whole or not at all."""
         content = {"embeddings": embeddings.detach().cpu().contiguous()}
-        file = self.file(key)
-        write_atomic(file, save(content, {"sha256": tensor_sha256(embeddings)}))
+        write_atomic(self.file(key), save(content, _metadata(key, embeddings)))
 
     def file(self, key: str) -> Path:
         """The file of a prompt's embeddings, which needn't be there."""
         return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def _metadata(key: str, embeddings: Tensor) -> dict[str, str]:
+    """By which a file of embeddings is known to be whole, and that of its prompt."""
+    content = f"{key} {pipeline.tensor_sha256(embeddings)}"
+    return {"sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 class CachedTeacher(PreTrainedModel):
@@ -254,16 +232,14 @@ class CachedTeacher(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> BaseModelOutput:
         """The embeddings of cached prompts, (B, S, D); a DistillError names one that isn't."""
-        found = []
+        found, folder = [], self._cache.folder
         for ids, key in zip(input_ids, prompt_keys(input_ids, attention_mask), strict=True):
             if (embeddings := self._cache.get(key)) is None:
                 text = self._tokenizer.decode(ids, skip_special_tokens=True)
                 raise DistillError(
-                    f"The embeddings of the prompt {text!r}, padded to {len(ids)} tokens, aren't "
-                    f"in {str(self._cache.folder)!r}. Call t5slim.distill.cache_teacher on a "
-                    "pipeline with its T5, with all prompts (evaluated ones, too) and the same "
-                    "pipeline_kwargs: max_sequence_length, negative_prompt and guidance decide "
-                    "what T5 is called with."
+                    f"The prompt {text!r}, padded to {len(ids)} tokens, isn't in {str(folder)!r}. "
+                    "Call t5slim.distill.cache_teacher with all prompts (evaluated ones, too), T5, "
+                    "and the same negative_prompt, guidance_scale and max_sequence_length."
                 )
             found.append(embeddings)
         return BaseModelOutput(last_hidden_state=torch.stack(found).to(input_ids.device))
@@ -291,19 +267,19 @@ def cached_teacher(
             used that isn't cached.
         PatchError: `device_map` spreads the pipeline over several devices.
     """
-    if not isinstance(cache, TeacherCache):
-        cache = TeacherCache(cache)
+    cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
     cache.check(describe_teacher(pipe))
     check_device_map(getattr(pipe, "hf_device_map", None))
     slot = TextSlot(pipe)
-    stand_in = CachedTeacher(cache, slot.tokenizer)
-    with slot.offload_paused():
-        stand_in.to(pipe._execution_device if slot.encoder is None else slot.encoder.device)
-        original = slot.replace(stand_in)
+    original, stand_in = slot.encoder, CachedTeacher(cache, slot.tokenizer)
     try:
+        with slot.offload_paused():
+            stand_in.to(pipe._execution_device if original is None else original.device)
+            slot.replace(stand_in)
         yield cache
     finally:
-        slot.restore(original)
+        if slot.encoder is not original:
+            slot.restore(original)
 
 
 def cache_teacher(
@@ -342,25 +318,23 @@ def cache_teacher(
             another teacher; or no T5, and prompts that aren't cached.
     """
     description, teacher = describe_teacher(pipe), TeacherEmbeddings()
-    kwargs = check_pipeline_kwargs(pipe, pipeline_kwargs)
+    kwargs = pipeline.check_pipeline_kwargs(pipe, pipeline_kwargs)
     texts = [*dict.fromkeys([*PromptSource(prompts).all(), ""])]
-    batches = batches_of(texts, batch_size)
+    batches = pipeline.batches_of(texts, batch_size)
     has_teacher = "weights" in description
     if has_teacher and not (file := make_folder(folder) / _TEACHER_FILE).exists():
         write_atomic(file, (json.dumps(description, indent=2) + "\n").encode())
     cache = TeacherCache(folder)
     cache.check(description)
-    with ExitStack() as stack:
-        if not has_teacher:
-            stack.enter_context(cached_teacher(pipe, cache))
-        stack.enter_context(evaluating(teacher_of(pipe)))
+    stand_in: Any = nullcontext() if has_teacher else cached_teacher(pipe, cache)
+    with stand_in, pipeline.evaluating(pipeline.teacher_of(pipe)):
         for batch in tqdm(batches, desc="tokenize", unit="batch"):
-            for ids, mask in tokenize(pipe, batch, kwargs):
+            for ids, mask in pipeline.tokenize(pipe, batch, kwargs):
                 # As `VelocityGap` pads it; nearly always also the pipeline's own empty prompt.
                 teacher.add_empty(TextSlot(pipe).tokenizer, teacher.add(ids, mask))
                 device = ids.device  # not the encoder's, if that is offloaded
         keys = {i: key for key, i in teacher.indices.items() if not cache.file(key).is_file()}
-        encoded = teacher.encode_each(teacher_of(pipe), [*keys], device)
+        encoded = teacher.encode_each(pipeline.teacher_of(pipe), [*keys], device)
         for i, embeddings in tqdm(encoded, "encode by the teacher", total=len(keys)):
             cache.add(keys[i], embeddings)
     pipe.maybe_free_model_hooks()
@@ -372,19 +346,15 @@ def describe_teacher(pipe: Any) -> dict[str, Any]:
     slot = TextSlot(pipe)
     encoder = slot.encoder
     vocabulary = sorted(slot.tokenizer.get_vocab().items())
-    facts = {
-        "width": slot.width,
-        "tokenizer": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
-    }
-    if encoder is None or isinstance(teacher_of(pipe), CachedTeacher):
-        return facts
-    with slot.offload_paused():  # under sequential offload, weights are on the meta device
-        weights = fingerprint(encoder)
-    return facts | {
-        "name_or_path": encoder.config.name_or_path,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "weights": weights,
-    }
+    tokenizer = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    facts = {"width": slot.width, "tokenizer": tokenizer}
+    if encoder is not None and not isinstance(pipeline.teacher_of(pipe), CachedTeacher):
+        facts["name_or_path"] = encoder.config.name_or_path
+        facts["dtype"] = str(encoder.dtype).removeprefix("torch.")
+        with slot.offload_paused():  # under sequential offload, weights are on the meta device
+            check_weights(encoder)
+            facts["weights"] = fingerprint(encoder)
+    return facts
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -392,5 +362,5 @@ def fingerprint(module: nn.Module) -> str:
     digests = set()  # offload can make two of tensors that were tied
     for tensor in (*module.parameters(), *module.buffers()):
         sample = tensor.flatten()[:: max(1, tensor.numel() // _FINGERPRINT_ELEMENTS)]
-        digests.add(f"{tuple(tensor.shape)} {tensor_sha256(sample)}")
+        digests.add(f"{tuple(tensor.shape)} {pipeline.tensor_sha256(sample)}")
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
