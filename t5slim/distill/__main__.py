@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -26,7 +24,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from ..encoder import SlimT5Config, SlimT5Encoder
 from ..errors import ConfigError, DistillError, exit_on_error
-from ..hub import hub_errors
+from ..hub import hub_errors, local_path, write_atomic
 from ..slot import TextSlot
 from .config import DistillConfig
 from .pipeline import DENOISERS, check_pipeline_kwargs
@@ -66,37 +64,43 @@ class PipelineArguments:
 
     @cached_property
     def cls(self) -> Any:
-        """The pipeline's class, for which no weights are loaded."""
-        return getattr(diffusers, str(self._read("load_config").get("_class_name")), None)
+        """The pipeline's class, which has a T5; no weights are loaded for it."""
+        name = self._read(diffusers.DiffusionPipeline.load_config).get("_class_name")
+        if not hasattr(diffusers, str(name)):
+            raise ConfigError(f"{self.name_or_path!r} is a {name!r}; expected one of diffusers'.")
+        return TextSlot(getattr(diffusers, name)).cls
 
-    def load(self, device: torch.device, without: Sequence[str] = ()) -> Any:
+    def load(self, without: Sequence[str] = ()) -> Any:
         """Load the pipeline.
 
         Args:
-            device: That of the process; the `device` of the file goes before it.
             without: Components to leave out, which are None then.
 
         Returns:
-            The pipeline, on its device or with its offload hooks.
+            The pipeline, on `device` or that of the process, or with its offload hooks.
         """
         dtypes = self.dtype if isinstance(self.dtype, dict) else {"default": self.dtype}
-        kwargs: dict[str, Any] = dict.fromkeys(without)
-        if self.quantization is not None:
-            config = diffusers.PipelineQuantizationConfig(**self.quantization)
-            kwargs["quantization_config"] = config
+        kwargs: dict[str, Any] = {"use_safetensors": True, **dict.fromkeys(without)}
         kwargs["dtype"] = {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
-        pipe = self._read("from_pretrained", use_safetensors=True, **kwargs)
+        kwargs["quantization_config"] = self.quantization_config()
+        pipe = self._read(diffusers.DiffusionPipeline.from_pretrained, **kwargs)
+        # Not PartialState, which ignores ACCELERATE_USE_CPU.
+        device = self.device or Accelerator(mixed_precision="no").device
         if self.offload is None:
-            return pipe.to(self.device or device)
-        getattr(pipe, f"enable_{self.offload}_cpu_offload")(device=self.device or device)
+            return pipe.to(device)
+        getattr(pipe, f"enable_{self.offload}_cpu_offload")(device=device)
         return pipe
 
-    def _read(self, method: str, **kwargs: Any) -> Any:
+    def quantization_config(self) -> diffusers.PipelineQuantizationConfig | None:
+        """What diffusers makes of `quantization`, or its error."""
+        given = self.quantization
+        return None if given is None else diffusers.PipelineQuantizationConfig(**given)
+
+    def _read(self, read: Callable[..., Any], **kwargs: Any) -> Any:
         for name in ("revision", "variant", "cache_dir", "local_files_only"):
             kwargs[name] = getattr(self, name)
         with hub_errors(self.name_or_path):
-            load = getattr(diffusers.DiffusionPipeline, method)
-            return load(os.path.expanduser(self.name_or_path), **kwargs)
+            return read(local_path(self.name_or_path), **kwargs)
 
 
 def load_yaml(text: str) -> Any:
@@ -107,15 +111,6 @@ def load_yaml(text: str) -> Any:
             raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
         if number > _MAX_VALUES:
             raise yaml.YAMLError(f"It has over {_MAX_VALUES} values: put prompts in another file.")
-    nodes = [yaml.compose(text, loader)]
-    for node in nodes:
-        if isinstance(node, yaml.MappingNode):
-            keys = [str(key.value) for key, _ in node.value]
-            if len({*keys}) < len(keys):
-                raise yaml.YAMLError(f"It has one of these keys twice: {', '.join(keys):.300}")
-            nodes += [value for _, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
     return _parse_yaml(text)
 
 
@@ -141,10 +136,12 @@ def parse_arguments(
         given = parser.parse_args(arguments)
         del given["config"]
         run, text = parser.instantiate(given), parser.dump(given, skip_unset=False)
+        if isinstance(run.pipeline, str):
+            run.pipeline = PipelineArguments(run.pipeline)
+        run.pipeline.quantization_config()
+        torch.empty(0, device=run.pipeline.device)
     except Exception as error:  # jsonargparse and yaml have no common base of theirs
         raise ConfigError(f"{error}\nAll arguments: {parser.prog} --help") from error
-    if isinstance(run.pipeline, str):
-        run.pipeline = PipelineArguments(run.pipeline)
     return run, text
 
 
@@ -183,24 +180,23 @@ def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
 
 def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
     """Load all but T5, after it has encoded what `teacher_cache` lacks of the prompts."""
-    cls, device = run.pipeline.cls, accelerator.device
-    t5 = TextSlot(cls).name
-    others = [name for name in (*DENOISERS, "vae") if name in inspect.signature(cls).parameters]
+    slot = TextSlot(run.pipeline.cls)
+    others = [name for name in (*DENOISERS, "vae") if name in slot.component_types()]
     prompts = run.prompts.all() + (run.eval_prompts or [])
     if not run.dry_run:  # in which each process has a folder of its own
         prompts = prompts[accelerator.process_index :: accelerator.num_processes] or [""]
 
     def encode(*without: str) -> None:
-        pipe = run.pipeline.load(device, without)
+        pipe = run.pipeline.load(without)
         cache_teacher(pipe, prompts, run.teacher_cache, pipeline_kwargs=run.pipeline_kwargs)
 
     try:
-        encode(t5, *others)  # without T5, this only looks whether all prompts are there
+        encode(slot.name, *others)  # without T5, this only looks whether all prompts are there
     except DistillError:
         encode(*others)
     clear_device_cache(garbage_collection=True)
     accelerator.wait_for_everyone()
-    return run.pipeline.load(device, [t5])
+    return run.pipeline.load([slot.name])
 
 
 def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> str:
@@ -225,13 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_error(), ExitStack() as stack:
         run, config, text = parse(arguments)
         check_launch(config)
-        # Not PartialState, which ignores ACCELERATE_USE_CPU.
         accelerator = Accelerator(mixed_precision="no")
-        folder = Path(os.path.expanduser(run.output_dir))
+        folder = Path(local_path(run.output_dir))
         if not run.resume:
             check_output_dir(folder, False, {})
-        TextSlot(run.pipeline.cls)
-        check_pipeline_kwargs(run.pipeline.cls, run.pipeline_kwargs or {})
+        check_pipeline_kwargs(run.pipeline.cls, run.pipeline_kwargs)
         student = load_student(run.student, config.seed)
         run.prompts = PromptSource(run.prompts)
         match run.eval_prompts:
@@ -246,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run.teacher_cache = stack.enter_context(tempfile.TemporaryDirectory())
 
         if run.teacher_cache is None:
-            pipe = run.pipeline.load(accelerator.device)
+            pipe = run.pipeline.load()
         else:
             pipe = load_without_t5(run, accelerator)
             stack.enter_context(cached_teacher(pipe, run.teacher_cache))
@@ -254,8 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             outcome: Any = measure(run, config, pipe, student)
         else:
             if accelerator.is_main_process and not (folder / METADATA).exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "run.yaml").write_text(text, encoding="utf-8")
+                write_atomic(folder / "run.yaml", text.encode())
             names = ("pipeline_kwargs", "eval_prompts", "output_dir", "resume", "push_to_hub")
             outcome = train(pipe, student, run.prompts, config, **{n: run[n] for n in names})
         if accelerator.is_main_process:

@@ -26,8 +26,7 @@ from ..slot import TextSlot, compute_dtype, is_modular, stages, uncompiled
 # What a pipeline may call for a prediction: Wan 2.2 has two experts, Kandinsky 3 a UNet.
 DENOISERS = ("transformer", "transformer_2", "unet")
 # Set by the library in every call. For several images of a prompt, repeat it with other seeds.
-RESERVED_KWARGS = ("prompt", "generator", "latents", "output_type", "return_dict")
-_RESERVED_SUFFIXES = ("prompt_embeds", "_per_prompt")  # num_images_per_prompt
+_RESERVED = "prompt|generator|latents|output_type|return_dict|.*prompt_embeds|.*_per_prompt"
 _TEXT_ARGUMENT = re.compile(r"(.+_)?prompt(_\d)?")  # negative_prompt_2, prompt_3, content_prompt
 _PASSING = (T5SlimError, torch.OutOfMemoryError, MemoryError)  # through a pipeline's call
 _WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # of every function that it decorates
@@ -75,8 +74,8 @@ def run_pipeline(
     denoise: Denoise = lambda _, forward, kwargs: forward(**kwargs),
     zero_pooled: bool = False,
     grad: bool = False,
-    output_type: str = "latent",
-) -> Any:
+    decode: bool = False,
+) -> tuple[Image.Image, ...]:
     """Call `pipe` with `encode` in place of its T5 and `denoise` in place of its denoiser.
 
     Args:
@@ -90,25 +89,24 @@ def run_pipeline(
             arguments by name; returns what `forward(**kwargs)` would.
         zero_pooled: Call the denoiser with zeros for CLIP's `pooled_projections`.
         grad: Keep the autograd graph.
-        output_type: As the pipeline's own.
+        decode: Decode the images.
 
     Returns:
-        What the pipeline returns. It is as it was, also after an error.
+        The images, if decoded; none of video and sound. The pipeline is as it was, also after an
+        error.
     """
     encoder = teacher_of(pipe)
-    check_pipeline_kwargs(pipe, pipeline_kwargs)
+    kwargs = check_pipeline_kwargs(pipe, pipeline_kwargs)
     if not denoisers(pipe):
         raise DistillError(
             f"{type(pipe).__name__} has no denoiser ({', '.join(DENOISERS)}) to learn from: distil "
             "with the pipeline that reads its output, and patch both."
         )
-    # Some pipelines take a string for the whole batch and some only a list: all take the list. And
-    # some (Wan-VACE) take no batch, nor a list of one: all take a string, but VisualCloze, which
-    # would take its list of grids of images for one grid. By name: `task_prompt`; Kontext and many
-    # video pipelines take an image first.
+    # All take a list for a batch, and Wan-VACE no batch, nor a list of one: all take a string, but
+    # VisualCloze, which would take its list of grids of images for one grid. By name: that has a
+    # `task_prompt`; Kontext and many video pipelines take an image first.
     names = list(inspect.signature(type(pipe).__call__).parameters)
     one = len(prompts) == 1 and "task_prompt" not in names
-    kwargs = dict(pipeline_kwargs)
     for name, value in pipeline_kwargs.items():
         if _TEXT_ARGUMENT.fullmatch(name) and isinstance(value, str) and not one:
             kwargs[name] = [value] * len(prompts)
@@ -134,7 +132,6 @@ def run_pipeline(
         return denoise(name, forward, kwargs)
 
     # From under its `torch.no_grad` decorator.
-    grad = grad and torch.is_grad_enabled()
     call = partial(inspect.unwrap(type(pipe).__call__), pipe) if grad else pipe
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # tensors of which have no version
@@ -147,8 +144,8 @@ def run_pipeline(
         stack.callback(logging.set_verbosity, logging.get_verbosity())
         logging.set_verbosity_error()
         for part in (pipe, *stages(pipe)):
-            bar = getattr(part, "_progress_bar_config", {})
-            stack.callback(setattr, part, "_progress_bar_config", bar)
+            before = getattr(part, "_progress_bar_config", {})
+            stack.callback(part.set_progress_bar_config, **before)
             part.set_progress_bar_config(disable=True)
         stack.enter_context(intercept(encoder, encoder_forward))
         for name, module in denoisers(pipe).items():
@@ -164,15 +161,16 @@ def run_pipeline(
             generators = [torch.Generator().manual_seed(s) for s in seeds]
             generator = generators[0] if len(generators) == 1 else generators
             torch.manual_seed(seeds[0])
-            return call(generator=generator, output_type=output_type, **kwargs)
+            output = call(generator=generator, output_type="pil" if decode else "latent", **kwargs)
+            return tuple(getattr(output, "images", None) or ()) if decode else ()
         except BaseException as error:
             pipe.maybe_free_model_hooks()  # as the end of the call, which wasn't reached, does
             if not isinstance(error, Exception) or isinstance(error, _PASSING):
                 raise
             raise DistillError(
                 f"{type(pipe).__name__} failed on a batch of {len(prompts)}, with pipeline_kwargs "
-                f"{[*pipeline_kwargs]}: {type(error).__name__}: {error}\nIf there are images among "
-                "them, pass one for each prompt, as a list, and their number as batch_size."
+                f"{[*pipeline_kwargs]}: {type(error).__name__}: {error}\nOf images, pass one for "
+                "each prompt, as a list, and their number as batch_size."
             ) from error
 
 
@@ -184,8 +182,7 @@ def generate(
     encode: Encode,
 ) -> tuple[Image.Image, ...]:
     """The images of a batch of prompts, each from its own seed; none of video and sound."""
-    output = run_pipeline(pipe, prompts, pipeline_kwargs, seeds, encode=encode, output_type="pil")
-    return tuple(getattr(output, "images", None) or ())
+    return run_pipeline(pipe, prompts, pipeline_kwargs, seeds, encode=encode, decode=True)
 
 
 def tokenize(
@@ -218,11 +215,10 @@ def tokenize(
             # A denoiser without weights: pipelines ask it for the size of the latents, which the
             # text doesn't depend on. So it has the default config of its class.
             cls, *_ = types[names[0]]
-            with torch.device("meta"):
-                denoiser = cls()
+            stack.callback(vars(pipe).update, {names[0]: None})
             # Not the pipeline's own `__setattr__`, which would note it in model_index.json.
-            stack.callback(object.__setattr__, pipe, names[0], None)
-            object.__setattr__(pipe, names[0], denoiser)
+            with torch.device("meta"):
+                vars(pipe)[names[0]] = cls()
         run_pipeline(pipe, prompts, pipeline_kwargs, 0, encode=encode, denoise=denoise)
     return calls
 
@@ -232,22 +228,18 @@ def check_pipeline_kwargs(pipe: Any, pipeline_kwargs: Mapping[str, Any] | None) 
     cls = pipe if isinstance(pipe, type) else type(pipe)
     if not isinstance(pipeline_kwargs, Mapping | None):
         raise DistillError(f"pipeline_kwargs is {pipeline_kwargs!r:.80}; expected a mapping.")
-    pipeline_kwargs = dict(pipeline_kwargs or {})
-    parameters = inspect.signature(cls.__call__).parameters
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for name in pipeline_kwargs:
-        if name in RESERVED_KWARGS or str(name).endswith(_RESERVED_SUFFIXES):
+    _, *parameters = inspect.signature(cls.__call__).parameters.values()
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    free = [p.name for p in parameters if not re.fullmatch(_RESERVED, p.name)]
+    kwargs = dict(pipeline_kwargs or {})
+    for name in kwargs:
+        if re.fullmatch(_RESERVED, str(name)) or not (name in free or open_ended):
             raise DistillError(
-                f"pipeline_kwargs may not hold {name!r}: the prompts and "
-                f"{', '.join(RESERVED_KWARGS[1:])} are set by distillation itself. For several "
-                "images or videos of a prompt, take more seeds."
+                f"pipeline_kwargs may not hold {name!r}; expected, of {cls.__name__}: "
+                f"{', '.join(free)}. Prompts, noise and output are set by distillation itself: "
+                "for several images of a prompt, take more seeds."
             )
-        if name not in parameters and not open_ended:
-            raise DistillError(
-                f"pipeline_kwargs holds {name!r}, which {cls.__name__} doesn't take. It "
-                f"takes {', '.join(p for p in parameters if p != 'self')}."
-            )
-    return pipeline_kwargs
+    return kwargs
 
 
 def batches_of(prompts: Sequence[str], batch_size: int) -> list[list[str]]:

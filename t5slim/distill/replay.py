@@ -17,15 +17,8 @@ from torch import Tensor
 
 from ..errors import DistillError
 from ..slot import compute_dtype
-from .pipeline import (
-    Path,
-    first_tensor,
-    map_tensors,
-    teacher_of,
-    tensor_sha256,
-    tensors_in,
-)
-from .trajectory import DenoiserCall, NotAGather, Trajectory, run_again
+from .pipeline import Path, first_tensor, map_tensors, teacher_of, tensor_sha256, tensors_in
+from .trajectory import DenoiserCall, Dims, NotAGather, Trajectory, run_again
 
 NO_PROMPT = -1
 
@@ -70,7 +63,7 @@ class Samples(Call):
 
     denoiser: str
     kwargs: dict[str, Any]
-    batch_dims: dict[Path, int]
+    batch_dims: Dims
     batched: dict[Path, Tensor]
     text: dict[Path, Tensor]
 
@@ -132,16 +125,13 @@ def split_trajectory(trajectory: Trajectory) -> list[Call]:
         ]
 
 
-def _split_call(
-    call: DenoiserCall, dims: dict[Path, int | None], places: list[int], origin: Tensor
-) -> Samples:
+def _split_call(call: DenoiserCall, batch_dims: Dims, places: list[int], origin: Tensor) -> Samples:
     """Take a denoiser call apart; `origin` is that of the trajectory, (T, 2).
 
     Raises:
         NotAGather: Its samples don't stand alone.
     """
     N = len(call.target)
-    batch_dims = {path: dim for path, dim in dims.items() if dim is not None}
     if not call.sources.keys() <= batch_dims.keys():
         raise NotAGather("one tensor of T5's embeddings serves the whole batch")
     batched: dict[Path, Tensor] = {}
@@ -200,25 +190,20 @@ def predict(pipe: Any, samples: Samples, embeddings: Tensor) -> Tensor:
     def argument(path: Path, tensor: Tensor) -> Tensor:
         if path not in samples.batch_dims:
             return tensor
-        value = samples.batched.get(path)
+        value: Any = samples.batched.get(path)
         if (positions := samples.text.get(path)) is not None:
             index = positions.view(N, -1).clamp(min=0) + starts[:, None]
             # Not by `gather`, which takes an index for every channel and three times as long.
             text = embeddings.to(tensor.dtype).flatten(0, 1).index_select(0, index.flatten())
             text = text.view(*positions.shape, D)
             value = text if value is None else torch.where((positions < 0)[..., None], value, text)
-        assert value is not None
         return value.movedim(0, samples.batch_dims[path])
 
     denoiser = getattr(pipe, samples.denoiser)
     return first_tensor(denoiser(**map_tensors(samples.kwargs, argument)))
 
 
-def predictions(
-    pipe: Any,
-    calls: Sequence[Call],
-    embeddings_of: EmbeddingsOf,
-) -> Iterator[Tensor]:
+def predictions(pipe: Any, calls: Sequence[Call], embeddings_of: EmbeddingsOf) -> Iterator[Tensor]:
     """The denoiser's predictions at some calls of one trajectory, with other embeddings.
 
     Args:
@@ -234,8 +219,7 @@ def predictions(
     Raises:
         DistillError: Run again, the pipeline calls its denoiser with other noise.
     """
-    whole = [call for call in calls if isinstance(call, TrajectoryCall)]
-    if whole:
+    if whole := [call for call in calls if isinstance(call, TrajectoryCall)]:
         yield from _predict_through_pipeline(pipe, whole, embeddings_of)
     for call in calls:
         if isinstance(call, Samples):
@@ -247,9 +231,7 @@ def predictions(
 
 
 def _predict_through_pipeline(
-    pipe: Any,
-    calls: Sequence[TrajectoryCall],
-    embeddings_of: EmbeddingsOf,
+    pipe: Any, calls: Sequence[TrajectoryCall], embeddings_of: EmbeddingsOf
 ) -> list[Tensor]:
     """The predictions at some calls of one trajectory, by the pipeline's own code.
 
@@ -272,10 +254,9 @@ def _predict_through_pipeline(
         for path, then in tensors_in(recorded.kwargs).items() if grad else ():
             if not now[path].requires_grad and not torch.equal(now[path], then):
                 raise DistillError(
-                    f"{type(pipe).__name__}, run again from the same seed, called its denoiser "
-                    f"with another {'/'.join(map(str, path))}: its trajectory can't be learned "
-                    "from. Either its noise isn't drawn from the pipeline's generator (check the "
-                    "scheduler), or this depends on T5's output, and no gradient passes there."
+                    f"{type(pipe).__name__}, run again, called its denoiser with another "
+                    f"{'/'.join(map(str, path))}: its trajectory can't be learned from. Does the "
+                    "scheduler draw noise of its own? Or this depends on T5, without a gradient."
                 )
         if i in indices:
             found.append(first_tensor(forward(**kwargs)))

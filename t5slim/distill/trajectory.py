@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,18 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DistillError
-from .pipeline import (
-    Encode,
-    Path,
-    check_no_cache,
-    check_pipeline_kwargs,
-    denoisers,
-    first_tensor,
-    map_tensors,
-    run_pipeline,
-    tensors_in,
-    with_first_tensor,
-)
+from . import pipeline
+from .pipeline import Encode, Path, first_tensor, map_tensors, tensors_in, with_first_tensor
 from .teacher import TeacherEmbeddings
 
 # Codes have digits from 1 to 16: integers that bfloat16 and float16 hold exactly, and none of them
@@ -39,6 +29,7 @@ from .teacher import TeacherEmbeddings
 _BASE, _DIGITS = 16, 5
 _FALLBACK = "fallback"  # in `layouts`: why this pipeline is captured without codes
 
+Dims = dict[Path, int]  # the batch dimension of each tensor that has one
 Predict = Callable[[int, Callable[..., Any], dict[str, Any]], Tensor]  # index, forward, kwargs
 
 
@@ -82,8 +73,8 @@ class Trajectory:
             the position in it.
         denoiser_calls: In their order.
         images: That the pipeline generated, if they were decoded and it makes images.
-        batch_dims: For each denoiser call, the batch dimension of each tensor by path; None for a
-            tensor without one. None if the pipeline isn't a gather, for the `reason` that follows.
+        batch_dims: For each denoiser call, the batch dimension of each tensor that has one, by
+            path. None if the pipeline isn't a gather, for the `reason` that follows.
         reason: Why T5's embeddings can't be replaced in the denoiser's arguments, or "".
     """
 
@@ -91,17 +82,17 @@ class Trajectory:
     pipeline_kwargs: dict[str, Any]
     seed: int | Sequence[int]
     zero_pooled: bool
-    encoder_calls: tuple[tuple[int, ...], ...] = ()
-    origin: tuple[tuple[int, int], ...] = ()
-    denoiser_calls: tuple[DenoiserCall, ...] = ()
+    encoder_calls: list[tuple[int, ...]] = field(default_factory=list)
+    origin: list[tuple[int, int]] = field(default_factory=list)
+    denoiser_calls: list[DenoiserCall] = field(default_factory=list)
     images: tuple[Image.Image, ...] = ()
-    batch_dims: list[dict[Path, int | None]] | None = None
+    batch_dims: list[Dims] | None = None
     reason: str = ""
 
-    def run(self, pipe: Any, **options: Any) -> Any:
+    def run(self, pipe: Any, **options: Any) -> tuple[Image.Image, ...]:
         """`run_pipeline` as for this trajectory."""
         of_request = (self.prompts, self.pipeline_kwargs, self.seed)
-        return run_pipeline(pipe, *of_request, zero_pooled=self.zero_pooled, **options)
+        return pipeline.run_pipeline(pipe, *of_request, zero_pooled=self.zero_pooled, **options)
 
     def places(self, call: DenoiserCall) -> list[int]:
         """For each sample of a denoiser call, the place of its prompt in `prompts`."""
@@ -146,22 +137,19 @@ def capture(
         DistillError: The pipeline doesn't take these `pipeline_kwargs`, or doesn't call its
             denoiser; or that has a cache.
     """
-    check_no_cache(pipe)
+    pipeline.check_no_cache(pipe)
     layouts = {} if layouts is None else layouts
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    kwargs = check_pipeline_kwargs(pipe, pipeline_kwargs)
+    kwargs = pipeline.check_pipeline_kwargs(pipe, pipeline_kwargs)
     request = Trajectory(tuple(prompts), kwargs, seed, zero_pooled)
     teacher = TeacherEmbeddings() if teacher is None else teacher
     record = partial(_record, pipe, request, teacher, decode)
     if _FALLBACK not in layouts:
         try:
             trajectory = record(coded=True)
-            shapes = [  # and the number of prompts: all that the layout depends on
-                (call.denoiser, path, tensor.shape)
-                for call in trajectory.denoiser_calls
-                for path, tensor in tensors_in(call.kwargs).items()
-            ]
-            key = (len(request.prompts), *shapes)
+            calls = [{call.denoiser: call.kwargs} for call in trajectory.denoiser_calls]
+            shapes = [(path, tensor.shape) for path, tensor in tensors_in(calls).items()]
+            key = (len(request.prompts), *shapes)  # all that the layout depends on
             if key not in layouts:
                 _check_gather(pipe, trajectory, teacher)
                 layouts[key] = _batch_dims(pipe, trajectory, teacher)
@@ -198,24 +186,24 @@ def _record(
     pipe: Any, request: Trajectory, teacher: TeacherEmbeddings, decode: bool, coded: bool
 ) -> Trajectory:
     """Record the requested trajectory, with T5's embeddings coded on their way or not."""
-    encoder_calls: list[tuple[int, ...]] = []
-    denoiser_calls: list[DenoiserCall] = []
-    origin: list[tuple[int, int]] = []
+    found = replace(request, encoder_calls=[], origin=[], denoiser_calls=[])
     embeddings: list[Tensor] = []  # (B, S, D) of each encoder call that is coded
     # Of each tensor: itself, as its id would be given to another one if it were freed; its copy,
     # made once; and what stands in it (see `_copy`).
     copies: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
-    attention = {name: getattr(d, "attn_processors", None) for name, d in denoisers(pipe).items()}
+    denoisers = pipeline.denoisers(pipe)
+    attention = {name: getattr(d, "attn_processors", None) for name, d in denoisers.items()}
 
     def record_encoder(forward: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
-        encoder_calls.append(tuple(teacher.add(ids, mask)))
-        codes = torch.arange(len(origin), len(origin) + ids.numel(), device=ids.device)
-        origin.extend(itertools.product(encoder_calls[-1], range(ids.shape[1])))
-        encoded = teacher.get(forward, encoder_calls[-1], ids.device)
+        prompts, first = tuple(teacher.add(ids, mask)), len(found.origin)
+        found.encoder_calls.append(prompts)
+        found.origin.extend(itertools.product(prompts, range(ids.shape[1])))
+        encoded = teacher.get(forward, prompts, ids.device)
         if not coded:
             return encoded
         embeddings.append(encoded)
-        return _encode(codes, encoded.shape[-1]).to(encoded.dtype).view(encoded.shape)
+        codes = _encode(torch.arange(first, len(found.origin)), encoded.shape[-1])
+        return codes.to(encoded).view(encoded.shape)
 
     def copy(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         key = (id(tensor), tensor._version)
@@ -224,7 +212,7 @@ def _record(
         return copies[key][1:]
 
     def record_denoiser(name: str, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        if coded and getattr(getattr(pipe, name), "attn_processors", None) != attention[name]:
+        if coded and getattr(denoisers[name], "attn_processors", None) != attention[name]:
             # Perturbed-attention guidance: it takes a batch apart, and needs all of it.
             raise NotAGather("it changes its denoiser's attention for the length of a call")
         copied = {path: copy(tensor) for path, tensor in tensors_in(kwargs).items()}
@@ -233,20 +221,13 @@ def _record(
         decoded = map_tensors(kwargs, lambda path, t: copied[path][0] if path in sources else t)
         output = forward(**decoded)
         kept = with_first_tensor(output, first_tensor(output).clone())
-        denoiser_calls.append(DenoiserCall(name, recorded, kept, sources))
+        found.denoiser_calls.append(DenoiserCall(name, recorded, kept, sources))
         return output
 
-    hooks = {"encode": record_encoder, "denoise": record_denoiser}
-    output = request.run(pipe, output_type="pil" if decode else "latent", **hooks)
-    if not denoiser_calls or not encoder_calls:
+    images = request.run(pipe, encode=record_encoder, denoise=record_denoiser, decode=decode)
+    if not found.denoiser_calls or not found.encoder_calls:
         raise DistillError(f"{type(pipe).__name__} didn't call both its T5 and its denoiser.")
-    return replace(
-        request,
-        encoder_calls=tuple(encoder_calls),
-        origin=tuple(origin),
-        denoiser_calls=tuple(denoiser_calls),
-        images=tuple(getattr(output, "images", None) or ()) if decode else (),
-    )
+    return replace(found, images=images)
 
 
 def _copy(tensor: Tensor, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -302,23 +283,19 @@ def _check_gather(pipe: Any, trajectory: Trajectory, teacher: TeacherEmbeddings)
             raise NotAGather("the denoiser's arguments, beside its tensors, depend on T5's output")
         for path, then in tensors_in(recorded.kwargs).items():
             if now[path].dtype != then.dtype or not torch.equal(now[path], then):
-                where = "/".join(map(str, path))
-                raise NotAGather(
-                    f"{where} depends on T5's output, and is no copy of its embeddings"
-                )
+                name = "/".join(map(str, path))
+                raise NotAGather(f"{name} depends on T5's output, and is no copy of its embeddings")
         return recorded.target.clone()
 
     run_again(pipe, trajectory, teacher.encode, compare)
 
 
-def _batch_dims(
-    pipe: Any, trajectory: Trajectory, teacher: TeacherEmbeddings
-) -> list[dict[Path, int | None]]:
-    """Find the batch dimension of each argument, by a run with one prompt more: it grows."""
+def _batch_dims(pipe: Any, trajectory: Trajectory, teacher: TeacherEmbeddings) -> list[Dims]:
+    """Find the batch dimensions of the arguments, by a run with one prompt more: they grow."""
     # Comparing lengths with the number of prompts would be a guess: FLUX's `txt_ids` with 32 tokens
     # looks batched in a batch of 32.
     prompts, seed = trajectory.prompts, trajectory.seed
-    found: list[dict[Path, int | None]] = []
+    found: list[Dims] = []
 
     def one_more(values: Any) -> Any:
         # Some take an image for each prompt (DeepFloyd IF): a list of them has one more, too.
@@ -328,23 +305,22 @@ def _batch_dims(
         numbers = of_prompts and isinstance(values[0], (int, float))
         return [*values, values[0]] if of_prompts and not numbers else values
 
-    def grown(shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
+    def grown(shape: torch.Size, dim: int | None) -> tuple[int, ...]:
         return tuple(n + n // len(prompts) if i == dim else n for i, n in enumerate(shape))
 
     def compare_shapes(i: int, _: Any, kwargs: dict[str, Any]) -> Tensor:
         recorded, now = trajectory.denoiser_calls[i], tensors_in(kwargs)
-        dims: dict[Path, int | None] = {}
+        dims = {}
         for path, then in tensors_in(recorded.kwargs).items():
-            choices = (None, *range(then.ndim))
-            fitting = [dim for dim in choices if grown(then.shape, dim) == now[path].shape]
-            if not fitting:
-                where = "/".join(map(str, path))
-                raise NotAGather(f"{where} doesn't grow sample by sample with the batch")
-            dims[path] = fitting[0]
+            if now[path].shape != then.shape:
+                fitting = [i for i in range(then.ndim) if grown(then.shape, i) == now[path].shape]
+                if not fitting:
+                    name = "/".join(map(str, path))
+                    raise NotAGather(f"{name} doesn't grow sample by sample with the batch")
+                dims[path] = fitting[0]
         found.append(dims)
         # LTX's long videos have a prompt for each window, and the denoiser no batch.
-        dim = None if set(dims.values()) == {None} else 0
-        return recorded.target.new_zeros(grown(recorded.target.shape, dim))
+        return recorded.target.new_zeros(grown(recorded.target.shape, 0 if dims else None))
 
     more = replace(
         trajectory,

@@ -11,8 +11,6 @@ import io
 import sys
 from collections.abc import Sequence
 
-from accelerate import Accelerator  # type: ignore[import-untyped]
-
 from ..distill.__main__ import command_parser, parse_arguments
 from ..distill.pipeline import check_pipeline_kwargs
 from ..errors import exit_on_error
@@ -29,9 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_error():
         run, _ = parse_arguments(parser, arguments)
         check_request(run.students, run.prompts, run.seeds, run.output_dir)
-        check_pipeline_kwargs(run.pipeline.cls, run.pipeline_kwargs or {})
-        pipe = run.pipeline.load(Accelerator(mixed_precision="no").device)
-        print(compare(pipe, **{name: run[name] for name in names}))
+        check_pipeline_kwargs(run.pipeline.cls, run.pipeline_kwargs)
+        print(compare(run.pipeline.load(), **{name: run[name] for name in names}))
     if run.output_dir is not None:
         print(f"\nThe same with images: {run.output_dir}/comparison.html")
 

@@ -7,6 +7,7 @@ import os
 import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from operator import index
 from typing import Any
@@ -16,23 +17,11 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+from torchmetrics.functional import image as metrics
 from tqdm.auto import tqdm
 
+from ..distill import pipeline
 from ..distill.metrics import VelocityGap, check_student
-from ..distill.pipeline import (
-    batches_of,
-    call_encoder,
-    check_pipeline_kwargs,
-    encoded_by,
-    evaluating,
-    generate,
-    teacher_of,
-    tokenize,
-)
 from ..distill.prompts import PromptSource
 from ..distill.report import peak_memory_gib, reset_peak_memory
 from ..distill.teacher import CachedTeacher
@@ -90,16 +79,18 @@ def compare(
         IncompatibleStudentError: A student has another vocabulary, or another output width.
         DistillError: As for `velocity_gap`; or the pipeline generates no images.
     """
-    replacement, kwargs = TextSlot(pipe).encoder, check_pipeline_kwargs(pipe, pipeline_kwargs)
+    replacement = TextSlot(pipe).encoder
+    kwargs = pipeline.check_pipeline_kwargs(pipe, pipeline_kwargs)
     if students is None and is_student(replacement):
         students = replacement
     named, table, seeds = check_request(students, prompts, seeds, output_dir)
     texts = list(table["prompt"])
-    batches = batches_of(texts, batch_size)
-    distances = DISTANCES if distances is None else distances
+    batches = pipeline.batches_of(texts, batch_size)
+    measure = partial(_measures, DISTANCES if distances is None else distances, judge)
     sizes = [kwargs.get(name) for name in ("width", "height")]
     blank = Image.new("RGB", [n if n and n in range(4096) else 512 for n in sizes])
-    _measures(blank, blank, texts[0], distances, judge)
+    measure(blank, blank, texts[0])
+    settings: Any = {"pipeline_kwargs": kwargs, "batch_size": batch_size}
 
     samples: list[pd.DataFrame] = []
     runs: list[dict[str, Any]] = []
@@ -108,7 +99,7 @@ def compare(
             stack.callback(replacement.train, replacement.training)
             unpatch_pipeline(pipe)
             stack.callback(patch_pipeline, pipe, replacement, keep_teacher=True)
-        teacher: Any = teacher_of(pipe)
+        teacher: Any = pipeline.teacher_of(pipe)
         device = torch.device(pipe._execution_device)
         encoders = {TEACHER: teacher}
         for name, student in named.items():
@@ -116,40 +107,37 @@ def compare(
             stack.callback(student.to, next(student.parameters()).device)
             encoders[name] = student.to(device)
         for encoder in encoders.values():
-            stack.enter_context(evaluating(encoder))
-        tokens, *_ = tokenize(pipe, batches[0], kwargs)
+            stack.enter_context(pipeline.evaluating(encoder))
+        tokens, *_ = pipeline.tokenize(pipe, batches[0], kwargs)
         for seed in tqdm(seeds, desc="compare", unit="seed"):
             reset_peak_memory(device)
             # The teacher's trajectory is measured and decoded in one pass.
-            gap = VelocityGap(
-                pipe, texts, pipeline_kwargs=kwargs, seed=seed, batch_size=batch_size, decode=True
-            )
+            gap = VelocityGap(pipe, texts, seed=seed, decode=True, **settings)
             for name, encoder in encoders.items():
                 run: dict[str, Any] = {"encoder": name, "gap_of_calls": None}
                 sample: dict[str, Any] = {"weight": 0.0, "velocity_gap": math.nan}
                 images = gap.images
-                others: Sequence[Image.Image | None] = [None] * len(texts)
                 if encoder is not teacher:
-                    report, others = gap.report(encoder), gap.images
+                    report = gap.report(encoder)
                     sample["weight"] = report.denominators.sum(1).numpy()
                     sample["velocity_gap"] = report.of_prompts.numpy()
                     run["gap_of_calls"] = report.of_calls[~report.of_calls.isnan()].tolist()
                     run["spread"] = report.spread
                     reset_peak_memory(device)
-                    encode = encoded_by(encoder, pipe)
-                    parts = [generate(pipe, b, kwargs, [seed] * len(b), encode) for b in batches]
+                    generate = partial(pipeline.generate, encode=pipeline.encoded_by(encoder, pipe))
+                    parts = [generate(pipe, b, kwargs, [seed] * len(b)) for b in batches]
                     images = list(chain(*parts))
                 if not isinstance(encoder, CachedTeacher):  # which says nothing of T5's costs
                     run |= _costs(device, tokens, encoder)
                 runs.append(run)
-                pairs = zip(images, others, texts, strict=True)
-                measures = pd.DataFrame([_measures(*pair, distances, judge) for pair in pairs])
+                others = [None] * len(texts) if encoder is teacher else gap.images
+                measures = pd.DataFrame(map(measure, images, others, texts))
                 part = table.assign(encoder=name, seed=seed, image=images, **sample)
                 samples.append(part.join(measures))
     facts = {
         "pipeline": type(pipe).__name__,
         "pipeline_kwargs": kwargs,
-        "seeds": list(seeds),
+        "seeds": seeds,
         "teacher": _place(teacher),
         "dtype": str(teacher.dtype),
     }
@@ -165,27 +153,24 @@ def check_request(
     """Check what needs no pipeline; return students by name, prompts with categories, and seeds."""
     named = students
     if not isinstance(students, Mapping):
-        single = (str, os.PathLike, nn.Module)
-        several = isinstance(students, Iterable | None) and not isinstance(students, single)
-        given = list(students or ()) if several else [students]
+        single = isinstance(students, str | nn.Module) or not isinstance(students, Iterable | None)
+        given = [students] if single else list(students or ())
         named = {_place(student) or f"student {i}": student for i, student in enumerate(given, 1)}
         if len(named) < len(given):
             raise ConfigError("Two students have one name: pass a mapping of names to students.")
     if not named or TEACHER in named:
         raise ConfigError(f"Got students {[*named]}; expected one or more, none {TEACHER!r}.")
-    parts = prompts
-    if not isinstance(prompts, Mapping) or _FORMS & prompts.keys():
-        parts = {None: prompts}
-    _check_names(named, {*parts} - {None})
+    by_category = isinstance(prompts, Mapping) and not _FORMS & prompts.keys()
+    parts = prompts if by_category else {None: prompts}
+    _check_names({*named, *parts} - {None})
     for student in named.values():
         if not isinstance(student, nn.Module):
             student_config(student)
-    sources = {category: PromptSource(part) for category, part in parts.items()}
-    pairs = [(text, category) for category, source in sources.items() for text in source.all()]
+    pairs = [(text, key) for key, part in parts.items() for text in PromptSource(part).all()]
     table = pd.DataFrame(pairs, columns=["prompt", "category"])
     try:
-        seeds = [index(seed) for seed in seeds]
-    except TypeError as error:
+        seeds = torch.tensor([index(seed) for seed in seeds]).tolist()
+    except (RuntimeError, TypeError, ValueError) as error:  # or over 64 bits
         raise ConfigError(f"Got seeds {seeds!r:.80}; expected integers, as a list.") from error
     for name, values in (("prompts", list(table["prompt"])), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
@@ -195,9 +180,9 @@ def check_request(
     return dict(named), table, seeds
 
 
-def _check_names(*names: Iterable[Any]) -> None:
+def _check_names(names: Iterable[Any]) -> None:
     """Refuse names that a table or page can't show: they have one line of printable text."""
-    for name in chain(*names):
+    for name in names:
         if not (isinstance(name, str) and name.isprintable()):
             raise ConfigError(f"{name!r} is no name; expected one line of printable text.")
 
@@ -214,12 +199,9 @@ def _costs(
 ) -> dict[str, float | None]:
     """Size, peak memory since its reset, and the time to encode a prompt, by a batch of them."""
     parameters = list(encoder.parameters())
-
-    @torch.no_grad()
-    def encode() -> None:
-        call_encoder(encoder, *tokens).sum().item()  # which waits for the device
-
-    seconds = timeit.repeat(encode, number=1, repeat=4)  # the fastest counts, after a warm-up
+    encode = partial(pipeline.call_encoder, encoder, *tokens)
+    with torch.no_grad():  # `item` waits for the device; the fastest counts, after a warm-up
+        seconds = timeit.repeat(lambda: encode().sum().item(), number=1, repeat=4)
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         "weights_mib": sum(parameter.nbytes for parameter in parameters) / 2**20,
@@ -229,11 +211,11 @@ def _costs(
 
 
 def _measures(
+    distances: Mapping[str, Distance],
+    judge: Judge | None,
     image: Image.Image,
     other: Image.Image | None,
     text: str,
-    distances: Mapping[str, Distance],
-    judge: Judge | None,
 ) -> dict[str, float]:
     """Distances to the teacher's image (NaN, if there is none) and scores of the judge, by name."""
     try:
@@ -245,11 +227,10 @@ def _measures(
         scores = {name: float(value) for name, value in scores.items()}
     except Exception as error:  # of the user's code, or of what it returns
         raise ConfigError(
-            f"A judge or distance failed ({type(error).__name__}: {error}). Expected "
-            "judge(image, prompt), which returns numbers by name, such as {'clip': 0.3}; and "
-            "distances such as {'l1': f}, where f(image, teacher_image) returns a number."
+            f"A judge or distance failed ({error!r}). Expected judge(image, prompt), which returns "
+            "numbers by name; and distances such as {'l1': f}, by f(image, teacher_image)."
         ) from error
-    _check_names(measures, scores)
+    _check_names({*measures, *scores})
     if taken := measures.keys() & scores | _RESERVED & {*measures, *scores}:
         raise ConfigError(f"{min(taken)!r} is the name of another measure. Pick another.")
     return measures | scores
@@ -265,6 +246,6 @@ def _distance(metric: Callable[..., Any]) -> Distance:
 
 
 DISTANCES = {
-    "psnr": _distance(peak_signal_noise_ratio),  # in dB, infinite for equal images
-    "ssim": _distance(structural_similarity_index_measure),  # 1 for equal images
+    "psnr": _distance(metrics.peak_signal_noise_ratio),  # in dB, infinite for equal images
+    "ssim": _distance(metrics.structural_similarity_index_measure),  # 1 for equal images
 }

@@ -125,8 +125,7 @@ class Comparison:
         }
         # JSON has neither NaN nor infinity: null.
         content = json.loads(json.dumps(content, default=repr), parse_constant=lambda _: None)
-        numbers = json.dumps(content, indent=1)
-        (folder / "comparison.json").write_text(numbers, encoding="utf-8")
+        (folder / "comparison.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         self.image_grid().save(folder / "comparison.png")
         source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
         template = jinja2.Template(source, autoescape=True, undefined=jinja2.StrictUndefined)
