@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
-from helpers.training import RESUMED, assert_same, history_of, resumable, run, spawn, weights
+from helpers.training import (
+    RESUMED,
+    assert_same,
+    calls_of,
+    history_of,
+    resumable,
+    run,
+    spawn,
+    weights,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
@@ -223,6 +233,7 @@ def spoil(folder: Path, how: str) -> None:
             (files / first).rename(files / first.replace("02-", "99-"))
         case "no files":
             (files / first.replace("02-", "98-")).mkdir()
+            (files / f"{STEPS:08d}-a-folder").mkdir()
             (files / "00000097").symlink_to("00000097")
             os.mkfifo(files / "99999999-pipe.safetensors")
             (files / "5 \n").touch()
@@ -241,7 +252,7 @@ def test_what_is_no_checkpoint_of_the_run_isnt_believed(
     assert_same(*(load_file(path / "model.safetensors") for path in (folder, whole)))
 
 
-@pytest.mark.parametrize("name", ["student.final_projection.0.weight", "ema.shadow_params.0", None])
+@pytest.mark.parametrize("name", ["student.final_projection.0.weight", "ema.0", None])
 def test_a_checkpoint_that_doesnt_fit_is_named(
     name: str | None, whole: Path, tmp_path: Path
 ) -> None:
@@ -262,6 +273,51 @@ def test_a_checkpoint_that_doesnt_fit_is_named(
     with pytest.raises(DistillError, match="The newest checkpoint doesn't fit"):
         run(pipe, student, PROMPTS, output_dir=folder, resume=True, **RESUMED | changes)
     assert_same(student.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("skipped", "0"),
+        ("history", 3),
+        ("losses", None),
+        ("student", {}),
+        ("scaler", {"scale": 2.0}),
+        ("optimizer.AdamW", {"first": {}}),
+        ("result", {"steps": STEPS - 2}),
+        ("result.seconds", "long"),
+        ("reservoir._rounds", None),
+        ("reservoir._due", "1.0"),
+        ("reservoir.teacher_samples", 1.5),
+    ],
+)
+def test_a_checkpoint_that_was_edited_is_named(
+    part: str, value: Any, whole: Path, tmp_path: Path
+) -> None:
+    """Though its name was signed anew: whichever part it is, and before anything is sampled."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    checkpoints(folder)[STEPS].unlink()
+    file = checkpoints(folder)[STEPS - 2]
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors, state = load_file(file), json.loads(metadata["state"])
+    *parents, name = part.split(".")
+    functools.reduce(dict.__getitem__, parents, state)[name] = value
+    file.unlink()
+    write_checkpoint(folder, STEPS - 2, metadata | {"state": json.dumps(state)}, tensors)
+    pipe = tiny_flux()
+    calls = calls_of(pipe.transformer)
+    with pytest.raises(DistillError, match="The newest checkpoint doesn't fit"):
+        resumable(folder, pipe)
+    assert not calls
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_run_that_cant_begin_leaves_no_folder(made: bool, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir() if made else None
+    with pytest.raises(ZeroDivisionError):
+        run(tiny_flux(), output_dir=tmp_path / "run", optimizer=lambda _: 1 / 0)
+    assert (tmp_path / "run").exists() == made
 
 
 @pytest.mark.parametrize(

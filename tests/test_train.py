@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -30,7 +31,7 @@ from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
 
 from t5slim import SlimT5Encoder, patch_pipeline
 from t5slim.distill import DistillConfig, TrajectoryReservoir, train, trainer, velocity_gap
-from t5slim.errors import DistillError, HubAccessError, IncompatibleStudentError
+from t5slim.errors import DistillError, T5SlimError
 
 
 def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -281,13 +282,13 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"spoil": lambda pipe, student, out: (out / "config.json").touch()}, "another run or model"),
     ({"spoil": lambda pipe, student, out: setattr(pipe, "text_encoder_2", None)}, "no teacher"),
     ({"spoil": lambda pipe, student, out: pipe.transformer.half()}, "float16"),
-    ({"spoil": lambda pipe, student, out: student.to("meta")}, "has no weights to train"),
+    ({"spoil": lambda pipe, student, out: student.to("meta")}, "has no weights .*meta device"),
     ({"spoil": lambda pipe, student, out: student.requires_grad_(False)}, "no weights to train"),
-    ({"spoil": shares("vae")}, "The vae shares weights with the student"),
-    ({"spoil": shares("transformer")}, "The transformer shares weights.*examples/series"),
-    ({"output_dir": __file__}, "Can't write into output_dir '.*test_train.py': .*exists"),
-    ({"output_dir": f"{__file__}/run"}, "Can't write into output_dir .*Not a directory"),
-    ({"output_dir": "a\0b"}, "Can't write into output_dir .*null"),
+    ({"spoil": shares("vae")}, "some are in the vae of"),
+    ({"spoil": shares("transformer")}, "some are in the transformer of"),
+    ({"output_dir": __file__}, "test_train.py.* can't be made a folder: .*exists"),
+    ({"output_dir": f"{__file__}/run"}, "can't be made a folder: .*Not a directory"),
+    ({"output_dir": "a\0b"}, "can't be made a folder: .*null"),
     ({"prompts": {"a", "b"}}, r"Got a set; expected .*sorted\(prompts\)"),
     ({"push_to_hub": "a b", "output_dir": None}, "push_to_hub: 'a b'"),
 ]
@@ -304,7 +305,7 @@ def test_bad_input_is_refused_before_anything_happens(
     files, modules = [*tmp_path.iterdir()], modules_of(pipe)
     before = {name: weights(module) for name, module in modules.items()}
     calls = calls_of(pipe.transformer)
-    with pytest.raises((DistillError, IncompatibleStudentError, HubAccessError), match=message):
+    with pytest.raises(T5SlimError, match=message):
         run(pipe, student, **arguments)
     assert not calls and [*tmp_path.iterdir()] == files
     for name, module in modules.items():
@@ -314,15 +315,15 @@ def test_bad_input_is_refused_before_anything_happens(
 @pytest.mark.parametrize(
     "pipe, config, message",
     [
-        (FluxPipeline, None, "pipe is <class .*FluxPipeline'>; expected .*from_pretrained"),
-        ("black-forest-labs/FLUX.1-dev", None, "pipe is 'black-forest-labs/FLUX.1-dev'; expected"),
+        (FluxPipeline, None, "expected a.* pipeline.* got the class FluxPipeline"),
+        ("black-forest-labs/FLUX.1-dev", None, "expected a.* pipeline.* got str"),
         (tiny_flux(), {"max_steps": 3}, r"config is {.*}; expected DistillConfig\(\*\*config\)"),
         (tiny_flux(), "config.yaml", "config is 'config.yaml'; expected DistillConfig"),
     ],
     ids=str,
 )
 def test_other_types_are_refused(pipe: Any, config: Any, message: str) -> None:
-    with pytest.raises(DistillError, match=message):
+    with pytest.raises(T5SlimError, match=message):
         train(pipe, tiny_student(tiny_flux()), PROMPTS, config)
 
 
@@ -382,26 +383,33 @@ def test_a_launch_with_other_settings_is_refused(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"dynamo_backend": "eager"}, {"parallelism_config": ParallelismConfig()}], ids=str
+    "settings",
+    [
+        {"mixed_precision": "fp16"},
+        {"dynamo_backend": "eager"},
+        {"parallelism_config": ParallelismConfig()},
+    ],
+    ids=str,
 )
-def test_an_earlier_accelerator_with_other_settings_is_refused(
+def test_an_earlier_accelerator_changes_nothing(
     settings: dict[str, Any], environment: pytest.MonkeyPatch
 ) -> None:
-    try:
-        Accelerator(cpu=True, **settings)
-    except ValueError:  # of one process, after it was noted in the state
-        assert AcceleratorState._shared_state
-    with pytest.raises(DistillError, match="An Accelerator of this process shards, compiles"):
-        run(tiny_flux())
+    changes = {"gradient_accumulation_steps": 2, "batch_size": 2, "mixed_precision": "bf16"}
+    before = run(tiny_flux(), **changes)
+    AcceleratorState._reset_state(True)
+    environment.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    with suppress(ValueError):  # of one process, after it was noted in the state
+        Accelerator(cpu=True, gradient_accumulation_steps=4, **settings)
+    assert AcceleratorState._shared_state
+    after = run(tiny_flux(), **changes)
+    assert_same(weights(after.student), weights(before.student))
 
 
 def test_a_launch_with_equal_settings_changes_nothing(environment: pytest.MonkeyPatch) -> None:
-    """Nor does the precision of an earlier Accelerator."""
     changes = {"gradient_accumulation_steps": 2, "batch_size": 2, "mixed_precision": "bf16"}
     loss = run(tiny_flux(), **changes).loss
     environment.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     environment.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     environment.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # which the config decides
     AcceleratorState._reset_state(True)
-    Accelerator(mixed_precision="fp16", cpu=True)
     assert run(tiny_flux(), **changes).loss == loss

@@ -26,13 +26,13 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
-from ..hub import write_atomic
+from ..hub import make_folder, write_atomic
 from .config import DistillConfig
-from .pipeline import Path as TensorPath
-from .pipeline import evaluating, map_tensors
+from .pipeline import evaluating, map_tensors, tensors_in
 from .report import DistillResult
 from .reservoir import TrajectoryReservoir
 
@@ -70,18 +70,11 @@ class TrainingState:
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
         # Not accelerate's, which fixes the precision once for a process.
-        self.scaler = torch.amp.GradScaler(
-            student.device.type, enabled=config.mixed_precision == "fp16"
-        )
+        fp16 = config.mixed_precision == "fp16"
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=fp16)
         self.losses = torch.zeros(2, device=student.device)
         self._optimizer, self._reservoir = optimizer, reservoir
-        self._kind = type(optimizer).__name__
         self._skipped = 0  # successive ones
-
-    def note_loss(self, loss: Tensor) -> None:
-        """Add a loss to `losses`, if it is finite."""
-        finite = loss.isfinite()
-        self.losses += torch.stack([torch.where(finite, loss, 0), finite.float()])
 
     def update(self, norm: Tensor) -> bool:
         """Update the weights and their EMA, unless the norm () of all gradients isn't finite.
@@ -100,8 +93,8 @@ class TrainingState:
         if self._skipped == _MAX_SKIPPED:
             raise DistillError(
                 f"The gradients of {_MAX_SKIPPED} successive updates, up to number "
-                f"{self.result.steps + 1}, are not finite. The student holds the weights before "
-                "them. Try a smaller learning_rate, or mixed_precision='bf16' instead of 'fp16'."
+                f"{self.result.steps + 1}, are not finite. Try a smaller learning_rate, or "
+                "mixed_precision='bf16' instead of 'fp16'."
             )
         return finite
 
@@ -115,75 +108,77 @@ class TrainingState:
                 self.ema.copy_to(self.parameters)
             yield
 
+    def _state(self) -> dict[str, Any]:
+        """All of it but the optimizer's part and the history, which grow."""
+        return {
+            "student": dict(self.result.student.named_parameters()),
+            "ema": self.ema.shadow_params if self.ema else [],
+            "scaler": self.scaler.state_dict(),
+            "reservoir": self._reservoir.state(),
+            "result": self.result.numbers(),
+            "losses": self.losses,
+            "skipped": self._skipped,
+        }
+
     def save(self, folder: Path, keep: int, identity: Mapping[str, Any]) -> None:
         """Write a checkpoint of a run into `folder`, then remove all but the newest `keep`.
 
         Raises:
             OSError: It can't be written; earlier ones are intact.
         """
-        state = {
-            "student": dict(self.result.student.named_parameters()),
-            "ema": self.ema.state_dict() if self.ema else None,
-            # torch's own method, as that of bitsandbytes nests its tensors.
-            "optimizer": {self._kind: torch.optim.Optimizer.state_dict(self._optimizer)["state"]},
-            "scaler": self.scaler.state_dict(),
-            "reservoir": self._reservoir.state(),
-            "result": self.result.numbers() | {"history": self.result.history},
-            "losses": self.losses,
-            "skipped": self._skipped,
+        # torch's own method, as that of bitsandbytes nests its tensors.
+        moments = torch.optim.Optimizer.state_dict(self._optimizer)["state"]
+        state = self._state() | {"history": self.result.history}
+        state["optimizer"] = {type(self._optimizer).__name__: moments}
+        # A copy, as those of bitsandbytes share their quantization maps, which no file may.
+        tensors = {
+            ".".join(map(str, path)): tensor.detach().to("cpu", copy=True).contiguous()
+            for path, tensor in tensors_in(state).items()
         }
-        tensors: dict[str, Tensor] = {}
-
-        def refer(path: TensorPath, tensor: Tensor) -> dict[str, str]:
-            name = ".".join(map(str, path))
-            # A copy, as those of bitsandbytes share their quantization maps, which no file may.
-            tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
-            return {"tensor": name}
-
-        plain = {"state": map_tensors(state, refer), "identity": identity}
-        content = save(tensors, {name: json.dumps(value) for name, value in plain.items()})
+        plain = map_tensors(state, lambda path, _: {"tensor": ".".join(map(str, path))})
+        content = save(tensors, {"state": json.dumps(plain), "identity": json.dumps(identity)})
         step = f"{self.result.steps:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for damaged in folder.glob(f"{step}-*"):  # which wasn't resumed from
+        for damaged in _files(folder, f"{step}-*"):  # which wasn't resumed from
             damaged.unlink()
         write_atomic(folder / f"{step}-{_digest(content)}.safetensors", content)
-        for old in sorted(folder.glob("[0-9]*"))[:-keep]:
+        for old in _files(folder)[:-keep]:
             old.unlink()
 
-    def restore(self, state: dict[str, Any], max_steps: int) -> None:
-        """Go on from a checkpoint, bitwise; before `max_steps`, trajectories are sampled again.
+    def restore(self, folder: Path, identity: Mapping[str, Any], max_steps: int) -> None:
+        """Go on from the run's newest checkpoint, bitwise, if there is one that is whole.
+
+        Before `max_steps`, trajectories are sampled again.
 
         Raises:
             DistillError: It is of another optimizer or student.
         """
-        student, ema = self.result.student, self.ema
-        weights = dict(student.named_parameters()), ema and ema.shadow_params
+        if (state := load_checkpoint(folder, identity)) is None:
+            return
+        result, own = self.result, self._state()
         try:
-            found = state["student"], ema and state["ema"]["shadow_params"]
-            if _shapes(found) != _shapes(weights):
-                raise ValueError("its weights are of other shapes")
-            optimizer = state["optimizer"][self._kind]
+            if _layout({name: state[name] for name in own}) != _layout(own):
+                raise ValueError("it holds tensors of other shapes, or other values")
+            optimizer = state["optimizer"][type(self._optimizer).__name__]
             moments = {int(index): values for index, values in optimizer.items()}
             self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
-            if ema:
-                ema.load_state_dict(state["ema"])
-                ema.to(student.device)
             self.scaler.load_state_dict(state["scaler"])
-            self.losses.copy_(state["losses"])
             self._skipped = state["skipped"]
-            for name in (*self.result.numbers(), "history"):
-                setattr(self.result, name, state["result"][name])
-            # The embedding has two names, of which a checkpoint holds one.
-            student.load_state_dict(state["student"], strict=False)
+            result.history += state["history"]
+            vars(result).update(state["result"])
+            if self.ema:
+                self.ema.optimization_step = result.steps - result.skipped
+            saved = tensors_in(state)
+            for path, tensor in tensors_in(own).items():
+                tensor.data.copy_(saved[path])
         except Exception as error:  # of whichever part doesn't fit
             how = "pass the student and optimizer that it was started with, or remove that file"
             raise DistillError(f"The newest checkpoint doesn't fit: {error!r}; {how}.") from error
-        self._reservoir.restore(state["reservoir"], finished=self.result.steps == max_steps)
+        self._reservoir.restore(state["reservoir"], finished=result.steps == max_steps)
 
 
 def load_checkpoint(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The state of the run's newest checkpoint that is whole, or None; a warning names others."""
-    for path in sorted(folder.glob("[0-9]*"), reverse=True):
+    for path in reversed(_files(folder)):
         try:
             return _read(path, identity)
         except Exception as error:  # whatever lies there
@@ -193,7 +188,7 @@ def load_checkpoint(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]
 
 def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     step, _, digest = path.stem.partition("-")
-    if not path.is_file() or digest != _digest(path.read_bytes()):
+    if digest != _digest(path.read_bytes()):
         raise ValueError("its SHA-256 isn't that of its name")
     with safe_open(path, "pt") as file:
         names, plain = file.keys(), file.metadata()
@@ -204,8 +199,14 @@ def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _shapes(tree: Any) -> Any:
-    return map_tensors(tree, lambda _, tensor: tensor.shape)
+def _files(folder: Path, pattern: str = "[0-9]*") -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+def _layout(tree: Any) -> Any:
+    """The shapes of tensors and the types of numbers in a state; a number may be None."""
+    kinds = {type(None): float}
+    return tree_map(lambda v: getattr(v, "shape", kinds.get(type(v), type(v))), tree)
 
 
 def _digest(content: bytes) -> str:
@@ -217,13 +218,14 @@ def locked(folder: Path) -> Iterator[None]:
     """The folder of a run, made where needed; what a run that was killed left in it is removed.
 
     Raises:
+        ConfigError: It can't be made.
         DistillError: Another run is writing into it, or nothing can be written.
     """
-    lock = FileLock(folder / ".t5slim-lock", timeout=0)  # the kernel's: it ends with the process
+    made = not folder.exists()
+    lock = FileLock(make_folder(folder) / ".t5slim-lock", timeout=0)  # it ends with the process
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except (OSError, ValueError) as error:
+    except OSError as error:
         why = "another run is writing into it" if isinstance(error, Timeout) else error
         raise DistillError(f"Can't write into output_dir {str(folder)!r}: {why}.") from error
     for leftover in (*folder.glob(".t5slim-*"), *folder.glob("*/.t5slim-*")):
@@ -233,20 +235,20 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):  # of Windows, which removes it later
             os.remove(lock.lock_file)
+            if made:
+                folder.rmdir()  # if it is empty, after an error before the training
         lock.release()
 
 
 @contextmanager
 def master_weights(student: nn.Module, device: torch.device) -> Iterator[None]:
-    """The student in float32 on `device`; afterwards each weight in its dtype again, in eval mode.
+    """The student in float32 on `device`, in training mode; afterwards as it was, in eval mode.
 
     Updates of 1e-4 of a weight are lost in bfloat16's 8 bits.
     """
-    student.to(device)
     # Parameter by parameter, as a student in float16 keeps its `wo` in float32.
     dtypes = [(parameter, parameter.dtype) for parameter in student.parameters()]
-    for parameter, _ in dtypes:
-        parameter.data = parameter.data.float()
+    student.to(device, torch.float32).train()
     try:
         yield
     finally:
@@ -263,17 +265,13 @@ def interruptible() -> Iterator[list[int]]:
     The update under way is finished first; a second signal does what it always does.
     """
     came: list[int] = []
-    before: dict[int, Any] = {}
+    with ExitStack() as handlers:
 
-    def note(number: int, _: Any) -> None:
-        came.append(number)
-        signal.signal(number, before[number])
+        def note(number: int, _: Any) -> None:
+            came.append(number)
+            handlers.close()
 
-    with suppress(ValueError):  # in another thread than the main one
-        for number in map(int, (signal.SIGINT, signal.SIGTERM)):
-            before[number] = signal.signal(number, note)
-    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):  # in another thread than the main one
+                handlers.callback(signal.signal, number, signal.signal(number, note))
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

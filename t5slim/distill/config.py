@@ -183,11 +183,7 @@ _CHECKS: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
     (["prompt_dropout", "ema_decay"], _number(0, 1), "a number from 0 to below 1"),
     (["zero_pooled", "gradient_checkpointing"], lambda v: type(v) is bool, "True or False"),
     (["guidance_scales"], lambda v: type(v) is tuple and all(map(_positive, v)), "numbers above 0"),
-    (
-        ["trackers"],
-        lambda v: type(v) is tuple and {*map(type, v)} <= {str},
-        "names, such as ('wandb',)",
-    ),
+    (["trackers"], lambda v: type(v) is tuple and {*map(type, v)} <= {str}, "a tuple of names"),
     (["mixed_precision"], lambda v: v in [*_DTYPES], f"one of {', '.join(_DTYPES)}"),
     (["lr_schedule"], lambda v: v in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -61,6 +62,9 @@ class TrajectoryReservoir:
     ) -> None:
         self.teacher = TeacherEmbeddings() if teacher is None else teacher
         self.teacher_samples = self.student_samples = 0
+        self._capture = partial(
+            capture, pipe, zero_pooled=config.zero_pooled, teacher=self.teacher, layouts={}
+        )
         self._pipe = pipe
         self._prompts = PromptSource(prompts)
         self._config = config
@@ -79,9 +83,7 @@ class TrajectoryReservoir:
         self._rounds = 0  # of trajectories
         # Samples of a group (or calls, without a reservoir) to be drawn before the next round.
         self._due = 0.0
-        self._readings = 0  # updates that didn't call the denoiser
         self._tokenized: dict[str, int] = {}
-        self._layouts: dict[Any, Any] = {}
 
     # --- batches ---
 
@@ -91,11 +93,10 @@ class TrajectoryReservoir:
         With `denoiser=False`, they are prompts and nothing else, and the denoiser isn't called.
         """
         if not denoiser:
-            self._readings += 1
-            yield from map(self._read, self._groups)
+            yield from (self._read(step, group) for group in self._groups)
             return
         consecutive = self._config.reservoir_size == 0
-        if self._due <= 0:
+        if self._due <= 0 or not self._held:
             self._held.append([self._captured(self._rounds, group) for group in self._groups])
             self._rounds += 1
             latest = self._held[-1][0]
@@ -125,10 +126,9 @@ class TrajectoryReservoir:
             picks.append((drawn, source.choice(own)))
         return collate(picks)
 
-    def _read(self, group: range) -> list[int]:
-        """The next prompts, tokenized as the pipeline does it."""
-        start = (self._readings - 1) * self._together
-        prompts = [self._prompt(start + sample) for sample in group]
+    def _read(self, step: int, group: range) -> list[int]:
+        """The prompts of an update, tokenized as the pipeline does it."""
+        prompts = [self._prompt(step * self._together + sample) for sample in group]
         if new := [p for p in dict.fromkeys(prompts) if p not in self._tokenized]:
             calls = tokenize(self._pipe, new, self._kwargs)
             indices = [index for ids, mask in calls for index in self.teacher.add(ids, mask)]
@@ -143,18 +143,13 @@ class TrajectoryReservoir:
         config = self._config
         draws = [round_ * self._together + sample for sample in group]
         kwargs = dict(self._kwargs)
-        if self._takes_guidance and config.guidance_scales:
-            scales = config.guidance_scales
+        if self._takes_guidance and (scales := config.guidance_scales):
             kwargs["guidance_scale"] = self._random("guidance", round_).choice(scales)
         with autocast_denoisers(self._pipe, config.autocast_dtype):
-            trajectory = capture(
-                self._pipe,
+            trajectory = self._capture(
                 [self._prompt(draw) for draw in draws],
                 pipeline_kwargs=kwargs,
                 seed=[self._random("noise", draw).getrandbits(62) for draw in draws],
-                zero_pooled=config.zero_pooled,
-                teacher=self.teacher,
-                layouts=self._layouts,
             )
         samples = sum(len(call.target) for call in trajectory.denoiser_calls)
         self.teacher_samples += samples * self._processes
@@ -177,7 +172,7 @@ class TrajectoryReservoir:
 
     def state(self) -> dict[str, Any]:
         """Plain values, from which `restore` goes on."""
-        names = ("_rounds", "_due", "_readings", "teacher_samples", "student_samples")
+        names = ("_rounds", "_due", "teacher_samples", "student_samples")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: Mapping[str, Any], *, finished: bool = False) -> None:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -19,27 +18,18 @@ from diffusers.optimization import get_scheduler
 from huggingface_hub import HfApi
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
 from ..errors import DistillError
-from ..hub import check_no_lora, hub_errors, model_card, write_atomic
-from . import report
-from .checkpoint import TrainingState, interruptible, load_checkpoint, locked, master_weights
+from ..hub import check_no_lora, hub_errors, local_path, model_card, write_atomic
+from . import pipeline, report
+from .checkpoint import TrainingState, interruptible, locked, master_weights
 from .config import DistillConfig
 from .metrics import VelocityGap, check_student
 from .objective import Objective
-from .pipeline import (
-    Encode,
-    call_encoder,
-    check_no_cache,
-    check_pipeline_kwargs,
-    denoisers,
-    encoded_by,
-    frozen,
-    generate,
-    map_tensors,
-)
 from .prompts import Prompts, PromptSource
 from .reservoir import TrajectoryReservoir
 
@@ -57,7 +47,7 @@ def train(
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     push_to_hub: str | None = None,
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
 ) -> report.DistillResult:
     """Distil `student` to take the place of the T5 in `pipe`. No images are needed, only prompts.
 
@@ -109,10 +99,9 @@ def train(
         KeyboardInterrupt: After a checkpoint was written.
     """
     config = DistillConfig() if config is None else config
-    kwargs = {} if pipeline_kwargs is None else pipeline_kwargs
     _check_trainable(pipe, student, config)
-    folder = None if output_dir is None else Path(os.path.expanduser(output_dir))
-    check_pipeline_kwargs(pipe, kwargs)
+    kwargs = pipeline.check_pipeline_kwargs(pipe, pipeline_kwargs)
+    folder = None if output_dir is None else Path(local_path(output_dir))
     source = PromptSource(prompts)
     held_out = None if eval_prompts is None else PromptSource(eval_prompts).all()
     if folder or push_to_hub:
@@ -124,17 +113,8 @@ def train(
     if missing := ", ".join(set(config.trackers) - set(map(str, get_available_trackers()))):
         raise DistillError(f"trackers: {missing}; expected some that accelerate finds installed.")
     check_launch(config)
-    accelerator = Accelerator(
-        log_with=list(config.trackers) or None, project_dir=folder and folder / "logs"
-    )
-    fixed = accelerator.state  # for the process, maybe by an earlier Accelerator
-    sharded = fixed.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-    sharded = sharded or getattr(fixed, "parallelism_config", None) is not None
-    if sharded or fixed.dynamo_plugin.backend != "NO" or fixed.mixed_precision == "fp8":
-        raise DistillError(f"An Accelerator of this process shards, compiles or has fp8: {fixed}")
-    # The config's, whatever the environment says; and so is the precision: `autocast_denoisers`.
-    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
-    accelerator.native_amp, accelerator.scaler = False, None
+    logs = folder and folder / "logs"
+    accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=logs)
     main, processes = accelerator.is_main_process, accelerator.num_processes
     facts = report.run_facts(pipe, student, config, kwargs, source, held_out, processes)
     if folder is not None:
@@ -146,44 +126,39 @@ def train(
 
     with locked(folder) if folder and main else nullcontext(), ExitStack() as stack:
         checkpoints = Path(folder or "", report.CHECKPOINTS)
-        checkpoint = load_checkpoint(checkpoints, facts["identity"]) if resume else None
         folder = folder if main else None
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        kwargs = map_tensors(dict(kwargs), lambda _, t: t.clone() if t.is_inference() else t)
-        stack.enter_context(frozen(pipe, config.gradient_checkpointing))
+        stack.enter_context(torch.inference_mode(False))  # which enables gradients, too
+        kwargs = pipeline.map_tensors(kwargs, lambda _, t: t.clone() if t.is_inference() else t)
+        stack.enter_context(pipeline.frozen(pipe, config.gradient_checkpointing))
         stack.enter_context(master_weights(student, device))
         # Dropout draws from the global generators: seeded below, and given back as they were.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         interrupted = stack.enter_context(interruptible())
-        adamw = partial(
-            torch.optim.AdamW, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        optim = (optimizer or adamw)([p for p in student.parameters() if p.requires_grad])
-        reservoir = TrajectoryReservoir(
-            pipe, source, config, pipeline_kwargs=kwargs,
-            process=(accelerator.process_index, processes),
-        )  # fmt: skip
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        adamw: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        optim = optimizer(trained) if optimizer else AdamW(trained, **adamw, fused=True)
+        place = accelerator.process_index, processes
+        reservoir = TrajectoryReservoir(pipe, source, config, pipeline_kwargs=kwargs, process=place)
         objective = Objective(pipe, reservoir.teacher, config)
         # On every process: a sharded denoiser is called by all of them, or by none.
         measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs) if held_out else None
         sampled = measure.prompts[:4] if measure and config.samples_every else []
 
-        def sample(encode: Encode) -> list[Image.Image]:
-            # One by one, in the memory that one needs; from successive seeds; none of video.
-            seeds = enumerate(sampled, config.seed)
-            images = [generate(pipe, [prompt], kwargs, [seed], encode) for seed, prompt in seeds]
-            return [image for of_prompt in images for image in of_prompt]
+        def sample(encode: pipeline.Encode) -> list[Image.Image]:
+            images: list[Image.Image] = []
+            for seed, prompt in enumerate(sampled, config.seed):  # one by one, to save memory
+                images += pipeline.generate(pipe, [prompt], kwargs, [seed], encode)
+            return images
 
         # At once: a device without room for the decoder is noticed now.
-        teacher_images = sample(call_encoder)
-        # The student is on the pipeline's device, which needn't be accelerate's.
-        model = accelerator.prepare(student.train(), device_placement=[False])
+        teacher_images = sample(pipeline.call_encoder)
+        # Not prepared by accelerate, which may compile or cast as an earlier Accelerator said.
+        model = DistributedDataParallel(student) if processes > 1 else student
         state = TrainingState(student, optim, reservoir, config)
         result = state.result
         result.output_dir = folder
-        if checkpoint is not None:
-            state.restore(checkpoint, config.max_steps)
+        if resume:
+            state.restore(checkpoints, facts["identity"], config.max_steps)
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         # Not prepared: accelerate would step it once for each process.
@@ -196,8 +171,7 @@ def train(
         )
         accelerator.init_trackers("t5slim", {k: str(v) for k, v in vars(config).items()})
         for tracker in accelerator.trackers:
-            # Not by `end_training`, which ends the process group, too: a notebook couldn't train a
-            # second time.
+            # `end_training` would end the process group, too, with which a notebook trains again.
             stack.callback(_side_job("The end of a tracker")(tracker.finish))
         report.reset_peak_memory(device)
         if folder is not None:
@@ -208,19 +182,20 @@ def train(
         quiet = {} if main else {"disable": True}  # False would outweigh TQDM_DISABLE
         bar = tqdm(total=config.max_steps, initial=result.steps, desc="distil", **quiet)
         stack.enter_context(bar)
+        groups = config.gradient_accumulation_steps
         while result.steps < config.max_steps:
             start = time.perf_counter()
             weights = config.weights_at(result.steps)
             batches = reservoir.batches(result.steps, denoiser="velocity" in weights)
             for i, batch in enumerate(batches, start=1):
                 # Dropout, too, is a function of the update, so that no generator needs saving.
-                micro_step = result.steps * config.gradient_accumulation_steps + i
-                place = micro_step * processes + accelerator.process_index
-                torch.manual_seed((config.seed << 32) + place)
-                with accelerator.accumulate(model):
+                micro_step = result.steps * groups + i
+                torch.manual_seed((config.seed << 32) + micro_step * processes + place[0])
+                with accelerator.no_sync(model) if i < groups else nullcontext():
                     loss = objective(encode, batch, weights)
-                    accelerator.backward(state.scaler.scale(loss))
-                    state.note_loss(loss.detach())
+                    state.scaler.scale(loss / groups).backward()
+                state.losses[0] += loss.detach().nan_to_num(0, 0, 0)
+                state.losses[1] += loss.isfinite()
             state.scaler.unscale_(optim)
             learning_rate = float(scheduler.get_last_lr()[0])
             if state.update(accelerator.clip_grad_norm_(state.parameters, config.max_grad_norm)):
@@ -251,7 +226,7 @@ def train(
                 bar.set_postfix(loss=result.loss, velocity_gap=result.gap)
             if teacher_images and (finished or result.steps % config.samples_every == 0):
                 with _side_job("The image grid"), state.ema_weights():
-                    student_images = sample(encoded_by(student, pipe))
+                    student_images = sample(pipeline.encoded_by(student, pipe))
                     images = {"teacher": teacher_images, "student": student_images}
                     if folder is not None:
                         grid = report.image_grid(sampled, images)
@@ -284,29 +259,23 @@ def _check_trainable(pipe: Any, student: Any, config: Any) -> None:
         raise DistillError(f"config is {config!r:.80}; expected DistillConfig(**config).")
     if not isinstance(student, SlimT5Encoder):
         raise DistillError(
-            f"student is a {type(student).__name__}; expected a SlimT5Encoder, compiled in place "
-            "or with a LoRA by peft.inject_adapter_in_model. For several students or pipelines, "
-            "see examples/series and examples/joint."
+            f"student is a {type(student).__name__}; expected one SlimT5Encoder, compiled in place "
+            "or with an injected LoRA. For several, see examples/series and examples/joint."
         )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistillError("The student has no weights to train: all are frozen.")
     check_student(pipe, student)
-    check_no_cache(pipe)
+    pipeline.check_no_cache(pipe)
     for name, module in {"student": student, **pipe.components}.items():
         parts = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
         if any(part.is_inference() for part in parts):
-            raise DistillError(
-                f"The {name} was made under torch.inference_mode(), and passes no gradient: load "
-                "it outside of that."
-            )
-    dtypes = {denoiser.dtype for denoiser in denoisers(pipe).values()}
-    called = "velocity" in config.weights_at(0)
-    if called and torch.float16 in dtypes and config.mixed_precision != "fp16":
+            raise DistillError(f"The {name} was made under torch.inference_mode: load it outside.")
+    half = any(part.dtype == torch.float16 for part in pipeline.denoisers(pipe).values())
+    if half and "velocity" in config.objective and config.mixed_precision != "fp16":
         # The gradients of a mean over 100,000 elements are below float16's smallest number, 6e-8.
         raise DistillError(
-            f"The denoiser of this {type(pipe).__name__} is in float16, through which gradients "
-            'vanish. Load the pipeline in bfloat16 or float32, or set mixed_precision="fp16", '
-            "which scales the loss."
+            "Gradients vanish in a denoiser in float16: load the pipeline in bfloat16 or float32, "
+            'or set mixed_precision="fp16", which scales the loss.'
         )
 
 
@@ -319,18 +288,15 @@ def check_launch(config: DistillConfig) -> None:
         DistillError: Another precision, a dynamo backend, or a student that would be sharded.
     """
     kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
-    allowed = {
-        "ACCELERATE_MIXED_PRECISION": config.mixed_precision,
-        "ACCELERATE_DYNAMO_BACKEND": "no",
-        **{f"ACCELERATE_USE_{kind}": "false" for kind in kinds},
-    }
+    allowed = {f"ACCELERATE_USE_{kind}": "false" for kind in kinds}
+    allowed["ACCELERATE_DYNAMO_BACKEND"] = "no"
+    allowed["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
     for variable, value in allowed.items():
         if (launched := os.environ.get(variable, "no").lower()) not in ("", "no", "false", value):
             raise DistillError(
                 f"{variable}, or accelerate launch, says {launched!r}; expected {value!r}. The "
-                "precision is the config's. To compile, call student.compile() and "
-                "pipe.transformer.compile() before train. The student is small, and can't be "
-                "sharded; to shard the denoiser, see docs/command-line.md."
+                "precision is the config's; to compile, call student.compile(); and the student "
+                "can't be sharded (the denoiser can: see docs/command-line.md)."
             )
 
 
@@ -353,10 +319,9 @@ def _finish(
     folder, student, images = result.output_dir, result.student, []
     if result.gap is not None and not result.gap <= 0.9:  # 1 is that of an empty prompt
         logger.warning(
-            "The student says no more than an empty prompt: its velocity gap is %.3f. Try more "
-            "updates, more of 'embedding' or a longer `annealing`, or a pretrained student "
-            "(SlimT5Encoder.from_t5): see docs/distill.md.", result.gap,
-        )  # fmt: skip
+            f"The student says no more than an empty prompt: its velocity gap is {result.gap:.3f}. "
+            "Try more updates, a longer `annealing`, or SlimT5Encoder.from_t5: see docs/distill.md."
+        )
     if folder is not None:
         student.save_pretrained(folder)
         with _side_job("The run's history"):
