@@ -31,13 +31,15 @@ for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty local Hub, and an empty cache."""
-    from helpers import hub as local_hub
+    """An empty local Hub, an empty cache, and no pause between the client's retries: of 20 s."""
+    from helpers.hub import LocalHub
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    with local_hub.serve(PORT) as server:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with LocalHub(PORT) as server:
         yield server
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

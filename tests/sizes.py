@@ -56,6 +56,7 @@ COMMON: dict[str, Any] = {
     "text_encoder_dim": TEXT_WIDTH, "txt_in_features": TEXT_WIDTH,
     "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "layers_per_block": 1,
     "num_attention_heads": 2, "attention_head_dim": 8, "latent_channels": 4, "norm_num_groups": 2,
+    "freq_dim": 16, "ffn_dim": 32,
 }  # fmt: skip
 
 _T5 = {
@@ -65,16 +66,11 @@ _T5 = {
 _HIDDEN = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
 }  # fmt: skip
-_CLIP = _HIDDEN | {
-    "vocab_size": len(CLIP_VOCAB), "projection_dim": 16, "max_position_embeddings": CLIP_TOKENS,
-    "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
 _QWEN = _HIDDEN | {
     "vocab_size": len(QWEN_VOCAB) + 2, "num_key_value_heads": 2,
     "bos_token_id": None, "eos_token_id": len(QWEN_VOCAB) - 1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
 }  # fmt: skip
-_CLAP = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 _FLUX = {"in_channels": 16, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)}
 _FLUX_POOLED = _FLUX | {"pooled_projection_dim": 16, "guidance_embeds": True}
 _SD3 = {
@@ -85,7 +81,6 @@ _HUNYUAN_DIT = {
     "sample_size": 8, "patch_size": 2, "num_attention_heads": 3, "in_channels": 4,
     "cross_attention_dim": 24, "pooled_projection_dim": 4, "hidden_size": 24,
 }  # fmt: skip
-_WAN = {"attention_head_dim": 12, "freq_dim": 16, "ffn_dim": 32}
 _COGVIDEOX = {
     "attention_head_dim": 16, "time_embed_dim": 4, "in_channels": 4, "out_channels": 4,
     "max_text_seq_length": MAX_TOKENS, "sample_width": 2, "sample_height": 2, "sample_frames": 9,
@@ -112,8 +107,10 @@ SIZES: dict[str, dict[str, Any]] = {
     # Models of transformers.
     "T5EncoderModel": _T5,
     "UMT5EncoderModel": _T5,
-    "CLIPTextModel": _CLIP,
-    "CLIPTextModelWithProjection": _CLIP,
+    "CLIPTextModel": _HIDDEN | {
+        "vocab_size": len(CLIP_VOCAB), "projection_dim": 16, "max_position_embeddings": CLIP_TOKENS,
+        "bos_token_id": 0, "eos_token_id": 1,
+    },
     "CLIPVisionModel": _HIDDEN | {"hidden_size": 4, "image_size": 4, "patch_size": 1},
     "SiglipVisionModel": _HIDDEN | {"image_size": 16, "patch_size": 8, "vision_use_head": False},
     "BertModel": _HIDDEN | {"vocab_size": 4, "hidden_size": 24},
@@ -127,18 +124,14 @@ SIZES: dict[str, dict[str, Any]] = {
         },
     },
     "ClapModel": {
-        "text_config": _CLAP | {
-            "vocab_size": 12, "intermediate_size": 8, "max_position_embeddings": 16,
-        },
-        "audio_config": _CLAP | {
-            "window_size": 4, "num_mel_bins": 16, "spec_size": 16, "patch_size": 4,
-            "patch_stride": 4, "patch_embeds_hidden_size": 8, "depths": [1],
-            "num_attention_heads": [2],
+        "text_config": _HIDDEN | {"vocab_size": 12, "max_position_embeddings": 16},
+        "audio_config": {
+            "hidden_size": 8, "patch_embeds_hidden_size": 8, "depths": [1], "window_size": 4,
         },
         "projection_dim": 8,
     },
     "GPT2LMHeadModel": {
-        "vocab_size": 99, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "n_ctx": 64,
+        "vocab_size": 99, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64,
         "max_new_tokens": 4,
     },
     "SpeechT5HifiGan": {
@@ -228,20 +221,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "time_embedding_dim": 4, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3,
         "block_out_channels": (8, 16), "cross_attention_dim": 4,
     },
-    "WanTransformer3DModel": _WAN,
-    "WanVACETransformer3DModel": _WAN | {"vace_layers": [0]},
-    "WanAnimateTransformer3DModel": _WAN | {
-        "latent_channels": 16,
-        "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16}, "motion_encoder_size": 16,
-        "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 16,
-        "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2,
-        "inject_face_latents_blocks": 1,
+    "WanVACETransformer3DModel": {"vace_layers": [0]},
+    "WanAnimateTransformer3DModel": {
+        "latent_channels": 16, "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
+        "motion_encoder_size": 16, "motion_style_dim": 8, "motion_dim": 4,
+        "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 1,
     },
-    "ChronoEditTransformer3DModel": _WAN,
-    "AnyFlowTransformer3DModel": _WAN,
-    "AnyFlowFARTransformer3DModel": _WAN,
-    "HeliosTransformer3DModel": _WAN | {"rope_dim": (4, 4, 4)},
-    "SkyReelsV2Transformer3DModel": _WAN,
+    "HeliosTransformer3DModel": {"attention_head_dim": 12, "rope_dim": (4, 4, 4)},
     "AllegroTransformer3DModel": {"attention_head_dim": 12, "cross_attention_dim": 24},
     "LatteTransformer3DModel": {
         "sample_size": 8, "patch_size": 2, "num_attention_heads": 3, "in_channels": 4,

@@ -5,20 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
-from functools import partial
 
 import diffusers
 import pytest
 import torch
 import transformers
-from diffusers import (
-    AutoPipelineForImage2Image,
-    FirstBlockCacheConfig,
-    FluxImg2ImgPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    GGUFQuantizationConfig,
-)
+from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.hooks import apply_layerwise_casting
 from helpers.pipelines import flux_student, generate, patched_flux, quiet
 from tiny import PROMPTS, call_kwargs, tiny_flux
@@ -132,7 +124,7 @@ def test_layerwise_casting_of_the_student(when):
 def test_cache():
     """Its repeated predictions are no targets. The hooks of group offload repeat nothing."""
     pipe = tiny_flux()
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=10.0))
     message = r"transformer of this FluxPipeline has a cache \(fbc_.*disable_cache\(\)"
     for distil in (capture, lambda pipe, *args, **kw: train(pipe, flux_student(), *args, **kw)):
         with pytest.raises(DistillError, match=message):
@@ -142,7 +134,7 @@ def test_cache():
     assert capture(pipe, PROMPTS[:1], pipeline_kwargs=KWARGS).denoiser_calls
 
 
-@pytest.mark.parametrize("cls", [FluxImg2ImgPipeline, AutoPipelineForImage2Image])
+@pytest.mark.parametrize("cls", [FluxImg2ImgPipeline, diffusers.AutoPipelineForImage2Image])
 def test_from_pipe_of_a_patched_pipeline(cls):
     """Each is patched and undone by itself."""
     pipe = tiny_flux()
@@ -259,28 +251,12 @@ def test_lora_of_the_student(tmp_path):
 # --- Quantisation -----------------------------------------------------------------------------
 
 
-def torchao(library):
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return library.TorchAoConfig(Int8WeightOnlyConfig())
-
-
-def quanto(library):
-    return library.QuantoConfig(
-        **{"weights" if library is transformers else "weights_dtype": "int8"}
-    )
-
-
-def bitsandbytes(library, **bits):
-    return library.BitsAndBytesConfig(**bits)
-
-
-# Of diffusers or transformers: the module to import, the config, and the dtype to compute in.
+# The module to import, its config in diffusers and transformers, and the dtype to compute in.
 LIBRARIES = {
-    "torchao": ("torchao", torchao, torch.bfloat16),
-    "quanto": ("optimum.quanto", quanto, torch.float32),
-    "8 bits": ("bitsandbytes", partial(bitsandbytes, load_in_8bit=True), torch.bfloat16),
-    "4 bits": ("bitsandbytes", partial(bitsandbytes, load_in_4bit=True), torch.float32),
+    "torchao": ("torchao.quantization", "TorchAoConfig", {}, torch.bfloat16),
+    "quanto": ("optimum.quanto", "QuantoConfig", {}, torch.float32),  # int8 by default
+    "8 bits": ("bitsandbytes", "BitsAndBytesConfig", {"load_in_8bit": True}, torch.bfloat16),
+    "4 bits": ("bitsandbytes", "BitsAndBytesConfig", {"load_in_4bit": True}, torch.float32),
 }
 
 
@@ -310,11 +286,14 @@ def learns_and_undoes(pipe, dtype) -> None:
 @pytest.mark.parametrize("part", ["T5", "denoiser", "student"])
 def test_quantised(name, part, flux_folder, tmp_path):
     """A student learns beside T5 and through a denoiser; one of 8 bits generates nearly as well."""
-    module, config, dtype = LIBRARIES[name]
-    pytest.importorskip(module)
+    module, config, arguments, dtype = LIBRARIES[name]
+    library = pytest.importorskip(module)
+    if name == "torchao":
+        arguments = {"quant_type": library.Int8WeightOnlyConfig()}
     if part == "denoiser" and module == "bitsandbytes" and not torch.cuda.is_available():
         pytest.skip("diffusers quantises with bitsandbytes on a GPU only")
-    kwargs = {"quantization_config": config(diffusers if part == "denoiser" else transformers)}
+    config = getattr(diffusers if part == "denoiser" else transformers, config)
+    kwargs = {"quantization_config": config(**arguments)}
     if part != "student":
         cls, slot = FluxTransformer2DModel, "transformer"
         if part == "T5":
@@ -349,7 +328,7 @@ def test_gguf_denoiser(flux_folder, tmp_path):
     denoiser = FluxTransformer2DModel.from_single_file(
         str(file),
         config=str(flux_folder / "transformer"),
-        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
         torch_dtype=torch.float32,
     )
     assert torch.uint8 in dtypes(denoiser)

@@ -12,27 +12,23 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from helpers.pipelines import generate, quiet
+from helpers.training import assert_same, spawn
 from safetensors.torch import load_file
-from shapes_world.generation import CALL, PIPELINE, STUDENT
+from shapes_world.generation import CALL, STUDENT, load_pipeline
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs
 
 from t5slim import SlimT5Encoder, patch_pipeline
 from t5slim.distill import DistillConfig, train, velocity_gap
 
-# Settings that may get other names, in this one place.
-RESERVOIR_SIZE = "reservoir_size"
-PROMPT_DROPOUT = "prompt_dropout"
-
 CONFIG: dict[str, Any] = {
-    "max_steps": 20, "batch_size": 4, RESERVOIR_SIZE: 8, PROMPT_DROPOUT: 0.2, "warmup_steps": 0,
+    "max_steps": 20, "batch_size": 4, "reservoir_size": 8, "prompt_dropout": 0.2, "warmup_steps": 0,
     "lr_schedule": "constant", "learning_rate": 5e-4, "ema_decay": 0.0, "eval_every": 1,
 }  # fmt: skip
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,15 +87,6 @@ def gap(name: str, student: SlimT5Encoder) -> float:
     return velocity_gap(pipe, student, HELD_OUT, pipeline_kwargs=call_kwargs(pipe))
 
 
-def weights_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in other)
-
-
-def latents(pipe: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return pipe(PROMPTS[1], generator=generator, output_type="latent", **call_kwargs(pipe)).images
-
-
 def figures(tensor: torch.Tensor) -> list[float]:
     """A few numbers that a changed tensor can't keep: two norms, and five of its values."""
     values = tensor.detach().double().flatten()
@@ -116,7 +103,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stable_audio": ("stable_audio", {}),  # through the pipeline: a learned layer behind T5
     "flux velocity": ("flux", {"objective": "velocity"}),
     "flux embeddings": ("flux", {"objective": {"embedding": 1, "relational": 0.5}}),
-    "flux consecutive": ("flux", {"objective": "velocity", RESERVOIR_SIZE: 0}),
+    "flux consecutive": ("flux", {"objective": "velocity", "reservoir_size": 0}),
     # Depends on how the decay rises: min(0.999, (1 + update) / (10 + update)), from update 0.
     # May change in the commit that puts another formula in its place, and in no other.
     "flux ema": ("flux", {"ema_decay": 0.999}),
@@ -144,7 +131,8 @@ def test_velocity_gap_of_the_untrained_student(name: str) -> None:
 @pytest.mark.parametrize("name", ["flux", "sd3", "stable_audio"])
 def test_a_run_comes_out_the_same_twice(name: str) -> None:
     (one, losses), (other, again) = (run(golden_pipeline(name)) for _ in range(2))
-    assert losses == again and weights_equal(one.state_dict(), other.state_dict())
+    assert losses == again
+    assert_same(one.state_dict(), other.state_dict())
 
 
 def test_losses_with_dropout() -> None:
@@ -162,18 +150,12 @@ CAPTIONS = [
 ]
 
 
-def shapes_pipeline() -> Any:
-    pipe = DiffusionPipeline.from_pretrained(PIPELINE)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.float32)
-
-
 def shapes_student() -> SlimT5Encoder:
     return SlimT5Encoder.from_pretrained(STUDENT, dtype=torch.float32)
 
 
 def test_embeddings_of_the_committed_student() -> None:
-    tokens = shapes_pipeline().tokenizer_2(
+    tokens = load_pipeline().tokenizer_2(
         CAPTIONS, padding="max_length", max_length=32, return_tensors="pt"
     )
     with torch.no_grad():
@@ -189,7 +171,9 @@ def test_embeddings_of_the_committed_student() -> None:
 
 
 def test_velocity_gap_of_the_committed_student() -> None:
-    measured = velocity_gap(shapes_pipeline(), shapes_student(), CAPTIONS, pipeline_kwargs=CALL)
+    measured = velocity_gap(
+        load_pipeline().to("cpu"), shapes_student(), CAPTIONS, pipeline_kwargs=CALL
+    )
     assert measured == near(0.022428834)
 
 
@@ -199,28 +183,25 @@ LATENTS = [281.30633, 487.17009, -1.8753961, -1.5878464, 0.33103204, -2.3701901,
 
 
 def patched_pipeline() -> Any:
-    pipe = golden_pipeline("flux")
-    patch_pipeline(pipe, golden_student())
-    return pipe
+    return patch_pipeline(golden_pipeline("flux"), golden_student())
 
 
 def test_latents_of_a_patched_pipeline() -> None:
-    one, other = latents(patched_pipeline()), latents(patched_pipeline())
+    one, other = generate(patched_pipeline()), generate(patched_pipeline())
     assert torch.equal(one, other)
     assert figures(one) == near_values(LATENTS)
-    assert not torch.equal(one, latents(golden_pipeline("flux")))
+    assert not torch.equal(one, generate(golden_pipeline("flux")))
 
 
 def test_a_patched_pipeline_saved_before_the_rebuild_reloads(tmp_path: Path) -> None:
     golden_pipeline("flux").save_pretrained(tmp_path)  # what isn't T5's is large
     shutil.rmtree(tmp_path / "text_encoder_2")
     shutil.copytree(PATCHED, tmp_path, dirs_exist_ok=True)
-    pipe = DiffusionPipeline.from_pretrained(tmp_path)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(DiffusionPipeline.from_pretrained(tmp_path))
     assert type(pipe.text_encoder_2) is SlimT5Encoder
-    assert weights_equal(pipe.text_encoder_2.state_dict(), golden_student().state_dict())
+    assert_same(pipe.text_encoder_2.state_dict(), golden_student().state_dict())
     # Not bit for bit: memory-mapped weights lie at other addresses, and BLAS sums by alignment.
-    assert figures(latents(pipe)) == near_values(LATENTS)
+    assert figures(generate(pipe)) == near_values(LATENTS)
 
 
 def test_files_of_a_saved_patched_pipeline(tmp_path: Path) -> None:
@@ -237,7 +218,7 @@ def test_files_of_a_saved_patched_pipeline(tmp_path: Path) -> None:
     assert slots[0] == slots[1] == ["config.json", "model.safetensors"]
     # Written since, as older readers want it where the output isn't 4096 wide.
     assert configs[0] == configs[1] | {"out_dim": 32}
-    assert weights_equal(*tensors)
+    assert_same(*tensors)
 
 
 # --- a run that is killed ------------------------------------------------------------------------
@@ -268,13 +249,10 @@ def start(folder: Path, dies: bool = False) -> tuple[SlimT5Encoder, list[float],
 def test_killed_and_resumed(tmp_path: Path) -> None:
     whole, losses, calls = start(tmp_path / "whole")
     folder = tmp_path / "killed"
-    script = f"import pathlib, test_golden; test_golden.start(pathlib.Path({str(folder)!r}), True)"
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    killed = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = spawn(start, folder, dies=True)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     resumed, others, fewer = start(folder)
     assert fewer < calls
-    assert weights_equal(resumed.state_dict(), whole.state_dict())
+    assert_same(resumed.state_dict(), whole.state_dict())
     assert losses == others and len(losses) == CONFIG["max_steps"]

@@ -28,7 +28,7 @@ TARGETS = {
     "load": ["HEAD .*/config.json", "GET .*/model.safetensors"],
     "from_t5": ["/config.json"],
     "patch": ["HEAD .*/model.safetensors"],
-    "class": ["GET .*/transformer/.*safetensors"],
+    "class": ["HEAD .*/model_index.json", "GET .*/transformer/.*safetensors"],
     "push": ["POST .*/create", "HEAD .*/README.md", "POST .*/commit/"],
 }
 OF_A_PIPELINE = [401, 404, 429, 503, "close", "reset", "redirect loop", "body cut", "body reset"]
@@ -56,8 +56,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """No pause between the client's retries; and it waits for 0.1 s, not 10, for an answer."""
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    """The client waits for 0.1 s, not 10, for an answer."""
 
     def set_timeout(seconds: float | None) -> None:
         set_client_factory(default_client_factory)
@@ -75,6 +74,19 @@ def same(model, folder, cls=SlimT5Encoder):
     return all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
+def run(operation, pipe, folders, **kwargs):
+    if operation == "push":
+        return load(folders / "to push").push_to_hub("me/pushed", token=TOKEN)
+    if operation == "load":
+        return load("me/student", **kwargs)
+    if operation == "from_t5":
+        return SlimT5Encoder.from_t5("me/t5", 24, **kwargs)
+    if operation == "class":
+        return patch_pipeline(FluxPipeline, "me/flux", student="me/student", **kwargs)
+    student = load("me/student", **kwargs) if kwargs else "me/student"
+    return patch_pipeline(pipe, student)
+
+
 @pytest.mark.parametrize(("operation", "target", "fault"), CASES)
 def test_fault(hub, folders, impatient, operation, target, fault):
     for name in ("flux", "student", "t5", "pushed"):
@@ -82,18 +94,6 @@ def test_fault(hub, folders, impatient, operation, target, fault):
     repository = hub.repositories["me/pushed"]
     pipe = tiny_flux() if operation == "patch" else None
     before, old = pipe and state(pipe), dict(repository.files("main"))
-
-    def run(**kwargs):
-        if operation == "push":
-            return load(folders / "to push").push_to_hub("me/pushed", token=TOKEN)
-        if operation == "load":
-            return load("me/student", **kwargs)
-        if operation == "from_t5":
-            return SlimT5Encoder.from_t5("me/t5", 24, **kwargs)
-        if operation == "class":
-            return patch_pipeline(FluxPipeline, "me/flux", student="me/student", **kwargs)
-        student = load("me/student", **kwargs) if kwargs else "me/student"
-        return patch_pipeline(pipe, student)
 
     def right(result, student=folders / "student"):
         if operation == "push":
@@ -109,7 +109,7 @@ def test_fault(hub, folders, impatient, operation, target, fault):
     if "stall" in str(fault):
         impatient(0.1)
     try:
-        result = run()
+        result = run(operation, pipe, folders)
     except T5SlimError as error:
         result = None
         if isinstance(fault, int) and (fault == 429 or fault >= 500):
@@ -126,7 +126,16 @@ def test_fault(hub, folders, impatient, operation, target, fault):
     hub.fault = None
     impatient(None)
     if result is None:
-        assert right(run(**{} if operation == "push" else {"force_download": True}))
+        again = {} if operation == "push" else {"force_download": True}
+        assert right(run(operation, pipe, folders, **again))
+
+
+@pytest.mark.parametrize("operation", TARGETS)
+def test_nothing_listens(hub, folders, operation):
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(HubAccessError, match=r"me/(student|t5|flux|pushed).*Connect"):
+        run(operation, tiny_flux(), folders)
 
 
 def test_count():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from diffusers import FluxPipeline, FluxPriorReduxPipeline
+from diffusers import FluxPipeline
 from helpers.pipelines import every_pipeline_class, tiny_sdxl
 from tiny import TEXT_WIDTH, TINY_PIPELINES, clip_encoder, t5_encoder, tiny_flux, tiny_student
 from transformers import T5EncoderModel, UMT5EncoderModel
@@ -38,6 +38,8 @@ def test_every_pipeline_class_of_diffusers():
         assert found[f"{name}Pipeline"] == "text_encoder"
     assert {"Flux2Pipeline", "StableDiffusionXLPipeline", "PRXPipeline"} < without
     assert len(found) > 70
+    assert found.keys() <= CASES.keys()  # so that each is tried in test_every_pipeline.py
+    assert sum(case.route != "none" for case in CASES.values()) >= 40
 
 
 PIPELINES = TINY_PIPELINES | {
@@ -62,9 +64,7 @@ def test_real_pipelines(family):
 
 
 def test_a_pipeline_without_denoiser_has_the_width_of_its_encoder():
-    pipe = FluxPriorReduxPipeline(
-        image_encoder=None, feature_extractor=None, image_embedder=None, text_encoder_2=t5_encoder()
-    )
+    pipe = CASES["FluxPriorReduxPipeline"].pipe()
     assert TextSlot(pipe).width == TEXT_WIDTH
     pipe.register_modules(text_encoder_2=None)
     assert TextSlot(pipe).width is None

@@ -13,28 +13,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, get_args
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ChromaPipeline,
-    DDIMScheduler,
-    DiffusionPipeline,
-    FluxPipeline,
-    LTXPipeline,
-    ModelMixin,
-    PixArtSigmaPipeline,
-    StableAudioPipeline,
-    StableDiffusion3Pipeline,
-)
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from sizes import COMMON, MAX_TOKENS, SIZES, TEXT_WIDTH
-from transformers import (
-    CLIPTextModel,
-    CLIPTokenizer,
-    PreTrainedModel,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from transformers import CLIPTextModel, PreTrainedModel, T5EncoderModel, T5TokenizerFast
 
 PROMPTS = [
     "a red circle",
@@ -54,9 +38,9 @@ def component(cls: type, **changes: Any) -> Any:
             tokenizer of T5, a DDIM scheduler.
         changes: of its sizes.
     """
-    name = cls.__name__.removesuffix("Pil").removesuffix("Fast")
+    name = cls.__name__.removesuffix("Pil").removesuffix("Fast").removesuffix("WithProjection")
     if name == "KarrasDiffusionSchedulers":
-        return DDIMScheduler()
+        return diffusers.DDIMScheduler()
     if "Token" in name and name not in SIZES:
         cls, name = T5TokenizerFast, "T5Tokenizer"
     sizes = SIZES.get(name, {}) | changes
@@ -81,32 +65,27 @@ def _audible(encoder: torch.nn.Module) -> torch.nn.Module:
     return encoder
 
 
-clip_tokenizer = partial(component, CLIPTokenizer)
-
-
 def t5_encoder(width: int = TEXT_WIDTH) -> Any:
     return component(T5EncoderModel, d_model=width)
 
 
-def clip_encoder(cls: type = CLIPTextModel) -> Any:
-    return component(cls)
-
-
-def autoencoder(latent_channels: int) -> AutoencoderKL:
-    return component(AutoencoderKL, latent_channels=latent_channels)
+clip_encoder = partial(component, CLIPTextModel)
 
 
 def tiny(cls: type[DiffusionPipeline], seed: int = 0, **given: Any) -> Any:
     """A pipeline of tiny components, of the classes that its `__init__` is annotated with.
+
+    In eval mode, as from_pretrained leaves it, and without a progress bar in the tests' output.
 
     Args:
         cls: any pipeline class of diffusers.
         seed: of the weights.
         given: of the arguments of `cls`: for a component, changes of its sizes, or another class;
             everything else goes to `cls` as it is. An argument that has a default is left out
-            unless it is given.
+            unless it is given, or is about text or the denoiser; and so are safety checkers.
     """
     torch.manual_seed(seed)
+    given = {"safety_checker": None, "watermarker": None} | given
     _, *parameters = inspect.signature(cls.__init__, eval_str=True).parameters.values()
     arguments = {}
     # The denoiser last, whatever the order: so its class decides over no other weights.
@@ -116,20 +95,18 @@ def tiny(cls: type[DiffusionPipeline], seed: int = 0, **given: Any) -> Any:
             arguments[parameter.name] = component(change)
         elif not isinstance(change, Mapping):
             arguments[parameter.name] = change
-        elif parameter.name in given or parameter.default is parameter.empty:
+        elif (
+            parameter.default is parameter.empty
+            or parameter.name in {"transformer", *given}
+            or parameter.name.startswith(("text_encoder", "tokenizer"))
+        ):
             first, *_ = get_args(parameter.annotation) or [parameter.annotation]
             arguments[parameter.name] = component(first, **change)
-    return finish(cls(**arguments))
-
-
-def finish(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Eval mode, as from_pretrained leaves it, and no progress bar in the tests' output.
-
-    Zero-initialised layers (adaLN gates, output projections) would make a fresh denoiser ignore its
-    text, and a test of anything that reaches it through the text would pass whatever came.
-    """
+    pipe = cls(**arguments)
+    # Zero-initialised layers (adaLN gates, output projections) would make a fresh denoiser ignore
+    # its text, and a test of anything that reaches it through the text would pass whatever came.
     for name, module in pipe.components.items():
-        if isinstance(module, ModelMixin) and name != "vae":
+        if isinstance(module, diffusers.ModelMixin) and name != "vae":
             with torch.no_grad():
                 for parameter in module.parameters():
                     if not parameter.any():
@@ -142,11 +119,11 @@ def finish(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-tiny_flux = partial(tiny, FluxPipeline)
-tiny_sd3 = partial(tiny, StableDiffusion3Pipeline)
-tiny_chroma = partial(tiny, ChromaPipeline)
-tiny_pixart_sigma = partial(tiny, PixArtSigmaPipeline)
-tiny_ltx = partial(tiny, LTXPipeline)
+tiny_flux = partial(tiny, diffusers.FluxPipeline)
+tiny_sd3 = partial(tiny, diffusers.StableDiffusion3Pipeline)
+tiny_chroma = partial(tiny, diffusers.ChromaPipeline)
+tiny_pixart_sigma = partial(tiny, diffusers.PixArtSigmaPipeline)
+tiny_ltx = partial(tiny, diffusers.LTXPipeline)
 
 TINY_PIPELINES: dict[str, Callable[..., Any]] = {
     "flux": tiny_flux,
@@ -155,7 +132,7 @@ TINY_PIPELINES: dict[str, Callable[..., Any]] = {
     "pixart_sigma": tiny_pixart_sigma,
     "ltx": tiny_ltx,
     # Its `projection_model` is a learned layer behind T5: no embedding reaches its denoiser.
-    "stable_audio": partial(tiny, StableAudioPipeline),
+    "stable_audio": partial(tiny, diffusers.StableAudioPipeline),
 }
 
 _CALL: dict[str, Any] = {

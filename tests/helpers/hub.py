@@ -14,8 +14,7 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,6 +51,7 @@ class LocalHub(ThreadingHTTPServer):
         self.fault: str | int | Callable[[], object] | None = None  # as in `_Handler._fail`
         self.faulty = ""  # what requests it befalls, as a regex of "GET /path"
         self.struck = 0  # how many it befell
+        threading.Thread(target=self.serve_forever, args=[0.01]).start()
 
     def add(
         self, repo_id: str, folder: Path, prefix: str = "", branch: str = "main", **kwargs: bool
@@ -65,19 +65,6 @@ class LocalHub(ThreadingHTTPServer):
         }
         repository.commit(files, branch)
         return repository
-
-
-@contextmanager
-def serve(port: int) -> Iterator[LocalHub]:
-    server = LocalHub(port)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):

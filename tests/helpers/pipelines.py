@@ -12,8 +12,7 @@ from contextlib import suppress
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
-from tiny import PROMPTS, call_kwargs, clip_encoder, clip_tokenizer, tiny_flux, tiny_student
-from transformers import CLIPTextModelWithProjection
+from tiny import PROMPTS, call_kwargs, tiny, tiny_flux, tiny_student
 
 from t5slim import SlimT5Encoder, patch_pipeline
 from t5slim.slot import TextSlot
@@ -119,10 +118,4 @@ def every_pipeline_class() -> list[type[DiffusionPipeline]]:
 
 def tiny_sdxl() -> StableDiffusionXLPipeline:
     """The text encoders of one, neither of which is a T5."""
-    return StableDiffusionXLPipeline(
-        text_encoder=clip_encoder(),
-        text_encoder_2=clip_encoder(CLIPTextModelWithProjection),
-        tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(),
-        **dict.fromkeys(["vae", "unet", "scheduler"]),
-    )
+    return tiny(StableDiffusionXLPipeline, vae=None, unet=None, scheduler=None)

@@ -40,6 +40,11 @@ INPUTS: dict[str, Any] = {
     "control_image": image(1), "control_mask": mask(), "control_video": [images(5)] * 2,
     "image_reference": image(1), "reference_images": image(), "cond_image": image(),
     "video": images(5), "pose_video": images(5), "face_video": images(5), "mask": images(5),
+    "id_cond": torch.ones(1, 2), "id_vit_hidden": [torch.ones(1, 2, 2)],
+    "max_area": 256, "_auto_resize": False, "upsampling_height": 32, "upsampling_width": 32,
+    "skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0, "video_length": 2,
+    "true_cfg_scale": 2.0, "num_latent_frames_per_chunk": 2,
+    "pyramid_num_inference_steps_list": [1, 1],
 }  # fmt: skip
 
 
