@@ -289,7 +289,7 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"output_dir": __file__}, "test_train.py.* can't be made a folder: .*exists"),
     ({"output_dir": f"{__file__}/run"}, "can't be made a folder: .*Not a directory"),
     ({"output_dir": "a\0b"}, "can't be made a folder: .*null"),
-    ({"prompts": {"a", "b"}}, r"Got a set; expected .*sorted\(prompts\)"),
+    ({"prompts": {"a", "b"}}, r"got a set.*expected .*sorted\(prompts\)"),
     ({"push_to_hub": "a b", "output_dir": None}, "push_to_hub: 'a b'"),
 ]
 

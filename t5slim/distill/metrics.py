@@ -118,7 +118,7 @@ def check_student(pipe: Any, student: Any) -> nn.Module:
         if not memory.isdisjoint(parameter.data_ptr() for parameter in parameters):
             raise DistillError(
                 "The student is the teacher, or shares its weights or another component's: some "
-                f"are in the {name}. Pass another, or put T5 back: t5slim.unpatch_pipeline(pipe)."
+                f"are in the {name} of the pipeline. To put T5 back, see t5slim.unpatch_pipeline."
             )
     return student
 
