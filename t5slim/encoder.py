@@ -35,7 +35,6 @@ _PRESETS: dict[str, Any] = {
     "large": {"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
     "xl": {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
 }
-_T5_XXL_WIDTH = 4096
 _ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 _SIZES = ["vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "project_out_dim"]
 # Attributes of a config, what each has to be, and whether a value is that. The largest sizes keep a
@@ -51,10 +50,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "initializer_factor": ("a number from 0 to 1,000", lambda factor: 0 <= factor <= 1000),
     "encoder_type": ("'t5' or 'umt5'", lambda name: name in list(_ENCODERS)),
     "dense_act_fn": ("'relu' or another `feed_forward_proj`", lambda name: name in ACT2FN),
-    "dtype": (
-        "16 bits or more, as dtype=torch.bfloat16",
-        lambda d: not d or torch.finfo(d).bits > 8,
-    ),
+    "dtype": ("16 bits or more, dtype=torch.bfloat16", lambda d: not d or torch.finfo(d).bits > 8),
     "base_model": ("a string", lambda name: name is None or isinstance(name, str)),
 }
 _KEYS = {*_RULES, *T5Config.attribute_map, "feed_forward_proj", "base_model_revision"}
@@ -81,7 +77,7 @@ class SlimT5Config(T5Config):
     # Not "t5", which the published files call themselves: AutoModel would then read a student as a
     # T5Model and leave its projection out. T5Config and classes that use it still read "slim_t5".
     model_type = "slim_t5"
-    project_out_dim = _T5_XXL_WIDTH  # T5Config's __init__ calls `to_dict`
+    project_out_dim = 4096  # T5Config's __init__ calls `to_dict`
     encoder_type = "t5"
 
     def __init__(
@@ -89,7 +85,7 @@ class SlimT5Config(T5Config):
         *,
         project_in_dim: int | None = None,
         project_out_dim: int | None = None,
-        out_dim: int | None = None,
+        out_dim: int = 4096,
         encoder_type: str = "t5",
         **kwargs: Any,
     ) -> None:
@@ -98,7 +94,6 @@ class SlimT5Config(T5Config):
         kwargs = {key: kwargs[key] for key in kwargs.keys() & (_KEYS | _LOADING)}
         try:
             super().__init__(**kwargs | {"tie_word_embeddings": False})
-            out_dim = _T5_XXL_WIDTH if out_dim is None else out_dim
             self.project_out_dim = out_dim if project_out_dim is None else project_out_dim
             self.project_in_dim = self.d_model if project_in_dim is None else project_in_dim
             if encoder_type != "t5":  # for which the published files have no key
@@ -189,9 +184,8 @@ class SlimT5Encoder(T5PreTrainedModel):
     def __init__(self, config: SlimT5Config) -> None:
         super().__init__(config)
         self.encoder: Any = _ENCODERS[config.encoder_type](config)
-        self.final_projection = ProjectionAdapter(
-            config.d_model, config.project_out_dim, config.dropout_rate
-        )
+        widths = config.d_model, config.project_out_dim
+        self.final_projection = ProjectionAdapter(*widths, config.dropout_rate)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -262,10 +256,7 @@ class SlimT5Encoder(T5PreTrainedModel):
 
     @classmethod
     def from_t5(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        projection_dim: int = _T5_XXL_WIDTH,
-        **kwargs: Any,
+        cls, name_or_path: str | os.PathLike[str], projection_dim: int = 4096, **kwargs: Any
     ) -> SlimT5Encoder:
         """Make a student to be trained: a pretrained T5's encoder and a fresh projection.
 
@@ -297,7 +288,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
+        self, save_directory: str | os.PathLike[str], variant: str | None = None, **kwargs: Any
     ) -> None:
         """Write `config.json` and one `model.safetensors`, in the published layout.
 
@@ -305,14 +296,15 @@ class SlimT5Encoder(T5PreTrainedModel):
 
         Args:
             save_directory: The folder, made where needed.
-            **kwargs: What else transformers' `save_pretrained` takes, such as `variant`.
+            variant: Written into the names of the files, as `model.fp16.safetensors`.
+            **kwargs: What else transformers' `save_pretrained` takes.
 
         Raises:
             CheckpointError: There is a LoRA in the student, or it has no weights.
         """
         hub.check_no_lora(self)
         with hub.atomic_save(save_directory) as folder:
-            super().save_pretrained(folder, **kwargs | {"max_shard_size": "1TB"})
+            super().save_pretrained(folder, variant=variant, **kwargs | {"max_shard_size": "1TB"})
 
     def push_to_hub(  # type: ignore[override]
         self,

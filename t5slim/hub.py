@@ -10,19 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, constants, errors, hf_hub_download
 from safetensors import SafetensorError
-from torch import nn
+from torch import OutOfMemoryError, nn
+from transformers import PreTrainedModel
 from transformers.utils import extract_commit_hash
 
 from .errors import CheckpointError, ConfigError, HubAccessError, T5SlimError
 
-if TYPE_CHECKING:
-    from .encoder import SlimT5Encoder
-
-# Arguments that say where files are.
 _ACCESS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 # The first that fits an error, or one behind it: "not in the cache" may hide a 429 or a connection
 # that broke. Their messages say what to do: log in, ask for access, go online.
@@ -30,41 +27,44 @@ _FAILURES = (errors.HFValidationError, errors.HTTPError, OSError)
 
 
 @contextmanager
-def hub_errors(what: str) -> Iterator[None]:
+def hub_errors(what: str, *damages: type[Exception]) -> Iterator[None]:
     """Turn every failure to read or write `what` into a HubAccessError; other errors pass.
+
+    Args:
+        what: A folder or Hub id.
+        *damages: What a damaged file raises.
 
     Raises:
         HubAccessError: A repository or revision doesn't exist, is gated or private; the Hub refuses
             or can't be reached, and the cache lacks a file; or a file can't be read or written.
+        CheckpointError: One of `damages`.
     """
     try:
         yield
-    except (T5SlimError, MemoryError):
+    except (T5SlimError, MemoryError, OutOfMemoryError):
         raise
     except Exception as error:
         *_, (frame, _) = walk_tb(error.__traceback__)
         # The client stumbles over an answer that isn't a Hub's, with a KeyError or the like.
         stumbled = frame.f_globals["__name__"].startswith(("huggingface_hub.", "json."))
+        chain: list[Any] = [error]
+        while (last := chain[-1]) is not None:  # diffusers doesn't chain its OSErrors by `from`
+            context = last.__context__ if isinstance(last, OSError) else None
+            chain.append(last.__cause__ or context)
         for kind in (*_FAILURES, Exception) if stumbled else _FAILURES:
-            if cause := next((one for one in _chain(error) if isinstance(one, kind)), None):
+            if cause := next((one for one in chain if isinstance(one, kind)), None):
                 where = f", neither as a folder on this machine nor at {constants.ENDPOINT}"
+                cached = " Try force_download=True." * bool(extract_commit_hash(str(cause), None))
                 raise HubAccessError(
                     f"Can't access {what!r}{'' if os.path.exists(what) else where}: "
-                    f"{type(cause).__name__}: {cause}{_advice(str(cause))}"
+                    f"{type(cause).__name__}: {cause}{cached}"
                 ) from error
+        if isinstance(error, damages):
+            raise CheckpointError(
+                f"{what!r} can't be loaded: {error!r}. If it isn't whole, as after a download that "
+                "broke, is a pickle, or a Git LFS pointer: copy it again, or force_download=True."
+            ) from error
         raise
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those behind it; diffusers doesn't chain its OSErrors by `from`."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or (error.__context__ if isinstance(error, OSError) else None)
-
-
-def _advice(path: str) -> str:
-    """What to do about a damaged file of the Hub's cache."""
-    return " To download it again: force_download=True." * bool(extract_commit_hash(path, None))
 
 
 def local_path(name: str | os.PathLike[str]) -> str:
@@ -89,7 +89,7 @@ def find_file(name: str, filename: str, *, subfolder: str = "", **access: Any) -
         The path; None if the folder or repository is there, and has no such file.
     """
     with hub_errors(name):
-        if os.path.isdir(name):
+        if os.path.exists(name):
             path = Path(name, subfolder, filename)
             return path if path.is_file() else None
         try:
@@ -104,13 +104,10 @@ def find_json(name: str, filename: str, kwargs: dict[str, Any]) -> tuple[dict, d
     These are taken out of `kwargs`, and pinned to one commit: a branch may move between two
     downloads, and files of a known commit come out of the cache without another request.
     """
-    name = local_path(name)
-    if os.path.isfile(name):
-        raise CheckpointError(f"{name!r} is a file: pass its folder, which has a {filename}, too.")
     access = {key: kwargs.pop(key) for key in _ACCESS if key in kwargs}
     if (file := find_file(name, filename, **access)) is None:
         where = os.path.join(name, access.get("subfolder", "")).rstrip("/")
-        raise CheckpointError(f"{where!r} holds no {filename}: it is no student and no pipeline.")
+        raise CheckpointError(f"{where!r} holds no {filename}: expected a folder or Hub id.")
     if commit := extract_commit_hash(str(file), None):
         access["revision"] = commit
     return {**read_json(file), "attn_implementation": None}, access  # it may name code on the Hub
@@ -134,48 +131,35 @@ def load_strictly(
         HubAccessError: A file can't be read.
     """
     dot = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-    files = [f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"]
-    file = find_file(name, files[0], **access) or find_file(name, files[1], **access)
+    single, index = f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"
+    file = find_file(name, single, **access) or find_file(name, index, **access)
     # An adapter would change the weights, or have transformers load those of another repository.
     if file is None or Path(file.parent, "adapter_config.json").exists():
         raise CheckpointError(
-            f"{name!r} holds no weights: expected {files[0]}, and no adapter_config.json (merge "
-            "the adapter, and save the student again). Pickled weights (pytorch_model.bin) "
-            "are never opened, since they can run any code: look for a revision with safetensors, "
-            "or convert them where such code can do no harm."
+            f"{name!r} holds no weights: expected {single}, and no adapter_config.json (merge "
+            "it). Pickled weights can run code, and are never opened: use a file of safetensors."
         )
-    paths: list[Path | None] = [file]
-    if file.name == files[1]:
-        metadata, weight_map = map(read_json(file).get, ("metadata", "weight_map"))
-        shards = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
-        beside = [re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards]
-        if not all([shards, isinstance(metadata, dict), *beside]):
-            raise CheckpointError(
-                f'{file}: expected "metadata", and a "weight_map" to *.safetensors files beside it.'
-            )
-        paths = [find_file(name, shard, **access) for shard in shards]
-    size = sum(path.stat().st_size for path in paths if path)
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "local_files_only": True}
-    try:
+    with hub_errors(name, SafetensorError, ValueError):
+        files = [file]
+        if file.name == index:
+            metadata, weight_map = map(read_json(file).get, ("metadata", "weight_map"))
+            shards = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
+            beside = [re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards]
+            if not all([shards, isinstance(metadata, dict), *beside]):
+                raise ValueError(f'{file} needs "metadata", and a "weight_map" to *.safetensors')
+            files = [path for shard in shards if (path := find_file(name, shard, **access))]
+        size = sum(path.stat().st_size for path in files)
         config = kwargs["config"]
         projection = (config.d_model + config.project_out_dim) * config.project_out_dim
-        if all(paths) and config.parameters - projection > 4 * size:  # some have half a byte each
+        if config.parameters - projection > 4 * size:  # some have half a byte each
             raise ValueError(f"{size:,} bytes can't hold what its config.json asks for")
-        with hub_errors(name):
-            model, found = load(file.parent, ignore_mismatched_sizes=True, **kwargs)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"{name!r} can't be loaded: {error}. If it isn't a whole safetensors file but cut off, "
-            f"a pickle, or a Git LFS pointer: copy or download it again.{_advice(str(file))}"
-        ) from error
+        model, found = load(file.parent, ignore_mismatched_sizes=True, **kwargs)
     model.config.name_or_path = name
     wrong = {
         "missing": found["missing_keys"],
         "unexpected": [key for key in found["unexpected_keys"] if not key.startswith(unused)],
-        "of another shape": [
-            f"{key} is {(*got,)} and not {(*expected,)}"
-            for key, got, expected in found["mismatched_keys"]
-        ],
+        "of another shape (in the file, in the config)": [*map(str, found["mismatched_keys"])],
     }
     if not any(wrong.values()):
         # A quantized weight says that it is a float, and can't say whether it is finite.
@@ -189,8 +173,8 @@ def load_strictly(
         lines += [f"  {what}: {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys]
         if prefix := re.match(r"((module|_orig_mod)\.)+", min(wrong["unexpected"], default="")):
             lines += [f"They begin with {prefix[0]!r}: save the model inside of that wrapper."]
-        lines += ["Use another revision; or, of a plain T5, make a student by from_t5."]
-        raise CheckpointError("\n".join(lines) + _advice(str(file)))
+        lines += ["Use another revision or force_download=True; or, of a plain T5, from_t5."]
+        raise CheckpointError("\n".join(lines))
     return model, found
 
 
@@ -208,8 +192,8 @@ def check_no_lora(model: nn.Module) -> None:
     check_weights(model)
     if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise CheckpointError(
-            "the student has a LoRA in it, for which its layout has no place. Save the LoRA alone, "
-            "with save_pretrained of its PeftModel, or what its merge_and_unload() returns."
+            "the layout of a student has no place for the LoRA that is in it: save that alone, by "
+            "save_pretrained of its PeftModel; or save what its merge_and_unload() returns."
         )
 
 
@@ -219,21 +203,19 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values := json.loads(path.read_bytes()), dict):
             raise ValueError(f"expected an object, got a {type(values).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} isn't valid JSON: {error}.{_advice(str(path))}") from error
+        advice = "Copy it again, or download it with force_download=True."
+        raise ConfigError(f"{path} isn't valid JSON: {error}. {advice}") from error
     return values
 
 
 @contextmanager
 def atomic_save(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield a folder whose files then replace those of `folder`: a full disk harms no old file."""
-    folder = make_folder(folder)
-    with (
-        hub_errors(str(folder)),
-        tempfile.TemporaryDirectory(dir=folder, prefix=".t5slim-") as saved,
-    ):
+    path = make_folder(folder)
+    with hub_errors(str(path)), tempfile.TemporaryDirectory(dir=path, prefix=".t5slim-") as saved:
         yield saved
         for name in sorted(os.listdir(saved), reverse=True):  # the weights, then config.json
-            os.replace(Path(saved, name), Path(folder, name))
+            os.replace(Path(saved, name), path / name)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -242,7 +224,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         Path(folder, path.name).write_bytes(content)
 
 
-def model_card(student: SlimT5Encoder, repo_id: str, notes: str = "") -> ModelCard:
+def model_card(student: PreTrainedModel, repo_id: str, notes: str = "") -> ModelCard:
     """The card of a student, by `model_card.md`.
 
     Args:
@@ -252,10 +234,6 @@ def model_card(student: SlimT5Encoder, repo_id: str, notes: str = "") -> ModelCa
     """
     base = getattr(student.config, "base_model", None)
     tags = ["t5slim", "t5", "text-to-image", "diffusers"]
-    return ModelCard.from_template(
-        ModelCardData(library_name="t5slim", base_model=base, tags=tags),
-        template_path=str(Path(__file__).with_name("model_card.md")),
-        student=student,
-        repo_id=repo_id,
-        notes=notes,
-    )
+    data = ModelCardData(library_name="t5slim", base_model=base, tags=tags)
+    template = str(Path(__file__).with_name("model_card.md"))
+    return ModelCard.from_template(data, template, student=student, repo_id=repo_id, notes=notes)

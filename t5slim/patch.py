@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import sys
 from typing import Any
 
 import torch
@@ -79,10 +79,9 @@ def patch_pipeline(
             keep = keep_teacher or slot.encoder is None
             return _patch(slot, source if student is None else student, keep)
     elif isinstance(source, (str, os.PathLike)) and not keep_teacher:
-        return _load_patched(pipe, os.path.expanduser(os.fspath(source)), student, kwargs)
+        return _load_patched(pipe, hub.local_path(source), student, kwargs)
     raise TypeError(
-        "expected patch_pipeline(pipe, student, keep_teacher=...); or, to load a pipeline without "
-        "its T5, patch_pipeline(cls, folder_or_hub_id, student=..., **kwargs)."
+        "expected patch_pipeline(pipe, student), or (cls, folder_or_hub_id, student=..., **kwargs)."
     )
 
 
@@ -105,20 +104,19 @@ def unpatch_pipeline(pipe: Any, teacher: nn.Module | None = None) -> Any:
     if not is_student(student):
         raise PatchError(f"nothing to undo: {slot} holds {type(student).__name__}, and no student.")
     check_device_map(getattr(pipe, "hf_device_map", None))
+    dtype = compute_dtype(student)
     if teacher is None and "_t5slim_original" not in vars(pipe):
         raise PatchError(
-            f"the T5 of {slot} wasn't kept (patch_pipeline keeps it with keep_teacher=True). To "
-            "load it again and put it back: t5slim.unpatch_pipeline(pipe, transformers."
-            "AutoModelForTextEncoding.from_pretrained(<folder or Hub id of the pipeline>, "
-            f"subfolder={slot.name!r}, dtype={compute_dtype(student)}))."
+            f"the T5 of {slot} wasn't kept. Pass it: transformers.AutoModelForTextEncoding."
+            f"from_pretrained(<folder or Hub id>, subfolder={slot.name!r}, dtype={dtype})."
         )
     if teacher is not None and embedding_width(getattr(teacher, "config", None)) != slot.width:
         raise PatchError(f"{slot} takes a T5 of width {slot.width}; got {type(teacher).__name__}.")
     original = vars(pipe)["_t5slim_original"] if teacher is None else teacher
     with slot.offload_paused(original):
         if original is not None:
-            cast = compute_dtype(original) != compute_dtype(student)  # the pipeline was, since
-            _move(original, student.device, compute_dtype(student) if cast else None)
+            cast = compute_dtype(original) != dtype  # the pipeline was, since
+            _move(original, student.device, dtype if cast else None)
         slot.restore(original)
         vars(pipe).pop("_t5slim_original", None)
     return pipe
@@ -136,15 +134,14 @@ def student_config(student: Student, **access: Any) -> Any:
     """
     config, got = getattr(student, "config", None), type(student).__name__
     if isinstance(student, (str, os.PathLike)):
-        values, _ = hub.find_json(os.fspath(student), "config.json", access)
+        got = f"{os.fspath(student)!r}, whose config.json has no project_out_dim"
+        values, _ = hub.find_json(hub.local_path(student), "config.json", access)
         if {"project_in_dim", "project_out_dim", "out_dim"} & values.keys():
             config = SlimT5Config(**values)
-        got = f"{os.fspath(student)!r}, whose config.json has no project_out_dim"
     if None in (getattr(config, "vocab_size", None), getattr(config, "project_out_dim", None)):
         raise IncompatibleStudentError(
-            "a student is a SlimT5Encoder, or the folder or Hub id of one, or an encoder whose "
-            f"config says vocab_size and project_out_dim; got {got}. To make one of a T5, see "
-            "t5slim.SlimT5Encoder.from_t5 and t5slim.distill.train."
+            "expected a SlimT5Encoder, its folder or Hub id, or an encoder whose config says "
+            f"vocab_size and project_out_dim; got {got}. See t5slim.SlimT5Encoder.from_t5."
         )
     return config
 
@@ -169,32 +166,25 @@ def check_fit(config: Any, slot: TextSlot) -> None:
     if sizes and all(-(-size // 128) != -(-config.vocab_size // 128) for size in sizes):
         raise IncompatibleStudentError(
             f"the student has a vocabulary of {config.vocab_size:,}, and the tokenizer of {slot} "
-            f"one of {len(tokenizer):,}: the student would read other words than the prompt's. "
-            "Pass one of the family of the pipeline's own: T5 and Flan-T5, mT5, UMT5 or ByT5."
+            f"one of {len(tokenizer):,}. Pass one of its family: T5, mT5, UMT5 or ByT5."
         )
-    own, width = config.project_out_dim, slot.width
-    if width is not None and own != width:
-        raise IncompatibleStudentError(
-            f"the student's embeddings have width {own}, and {slot} takes {width}. Pass a student "
-            f"that was made for it: t5slim.SlimT5Encoder.from_t5(..., projection_dim={width}), "
-            "then t5slim.distill.train."
-        )
-    one_width = any(cls.__name__.startswith(_ONE_WIDTH) for cls in slot.cls.__mro__)
-    if one_width and getattr(config, "d_model", own) != own:
-        raise IncompatibleStudentError(
-            f"the student's layers have width {config.d_model}, and in {slot} they must be as wide "
-            f"as its embeddings: SlimT5Config(d_model={own}, project_out_dim={own}, ...)."
-        )
+    own = config.project_out_dim
+    widths = {"embeddings": (own, slot.width)}
+    if any(cls.__name__.startswith(_ONE_WIDTH) for cls in slot.cls.__mro__):
+        widths["layers"] = getattr(config, "d_model", own), own
+    for part, (width, expected) in widths.items():
+        if expected not in (None, width):
+            raise IncompatibleStudentError(
+                f"the student's {part} have width {width}, and {slot} takes {expected}: see "
+                "projection_dim of SlimT5Encoder.from_t5, and d_model of SlimT5Config."
+            )
 
 
 def _load_student(student: Student | None, slot: TextSlot, **access: Any) -> Any:
     """A student that fits a slot, loaded where needed; by default the published one."""
     if student is None:
         if "FluxTransformer2DModel" not in str(slot.component_types().get("transformer")):
-            raise IncompatibleStudentError(
-                f"no student is published for {slot}. Pass one as `student`: a SlimT5Encoder, or "
-                "the folder or Hub id of one. t5slim.distill.train makes it."
-            )
+            raise IncompatibleStudentError(f"no student is published for {slot}: pass your own.")
         student = PUBLISHED_STUDENTS[0]
     check_fit(student_config(student, **access), slot)
     if isinstance(student, (str, os.PathLike)):
@@ -207,8 +197,7 @@ def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
     pipe, original = slot.pipe, slot.encoder
     if is_student(original):
         raise PatchError(
-            f"{slot} already holds a student. Call t5slim.unpatch_pipeline(pipe) first; or, to put "
-            f"another in its place without its T5, pipe.{slot.register}({slot.name}=None)."
+            f"{slot} already holds a student: unpatch it, or pipe.{slot.register}({slot.name}=None)"
         )
     check_device_map(getattr(pipe, "hf_device_map", None))
     student = _load_student(student, slot)
@@ -236,11 +225,9 @@ def _load_patched(cls: Any, source: str, student: Student | None, kwargs: dict[s
     check_device_map(kwargs.get("device_map"))
     # Before a download, diffusers takes only the libraries of a private table. Where that is gone,
     # the check probably is, too; if not, it names the component that it refuses.
-    with suppress(ImportError):
-        from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-
-        methods = ["save_pretrained", "from_pretrained"]
-        LOADABLE_CLASSES.setdefault(SlimT5Encoder.__module__, {"PreTrainedModel": methods})
+    table = getattr(sys.modules[diffusers.DiffusionPipeline.__module__], "LOADABLE_CLASSES", {})
+    methods = ["save_pretrained", "from_pretrained"]
+    table.setdefault(SlimT5Encoder.__module__, {"PreTrainedModel": methods})
     for key in {"dtype", "torch_dtype"} & kwargs.keys():
         given = kwargs[key] if isinstance(kwargs[key], dict) else {"default": kwargs[key]}
         dtypes = {k: getattr(torch, str(v).removeprefix("torch."), v) for k, v in given.items()}
@@ -262,13 +249,8 @@ def _load_patched(cls: Any, source: str, student: Student | None, kwargs: dict[s
             its["variant"] = variant
     student = _load_student(student, slot, **its)
     kwargs = {"use_safetensors": True} | kwargs | access | {slot.name: None}
-    try:
-        with hub.hub_errors(source):
-            pipe = cls.from_pretrained(source, **kwargs)
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{source!r} isn't a whole {cls.__name__}: {error!r}") from error
+    with hub.hub_errors(source, Exception):
+        pipe = cls.from_pretrained(source, **kwargs)
     return _patch(TextSlot(pipe), student, keep=False)
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import copy
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -80,10 +79,7 @@ class TextSlot:
                 self.name = name
                 self.tokenizer_name = name.replace("text_encoder", "tokenizer")
                 return
-        raise NoT5SlotError(
-            f"{self.cls.__name__} has no T5 text encoder. t5slim replaces T5 encoders, as in "
-            "FLUX.1, Stable Diffusion 3, PixArt or LTX-Video; SDXL and FLUX.2 have others."
-        )
+        raise NoT5SlotError(f"{self.cls.__name__} has no T5 text encoder, as FLUX.1 and SD3 have.")
 
     def __str__(self) -> str:
         return f"{self.name} of this {self.cls.__name__}"
@@ -147,9 +143,9 @@ class TextSlot:
                 # that a second student would silently run with the weights of the first.
                 same = ["onload_device", "offload_device", "offload_type", "num_blocks_per_group"]
                 same += ["non_blocking", "record_stream", "low_cpu_mem_usage"]
-                group = {key: getattr(hooks[0].config, key) for key in same}
-                group["use_stream"] = hooks[0].config.stream is not None
-                apply_group_offloading(module, **group)
+                config = hooks[0].config
+                group = {key: getattr(config, key) for key in same}
+                apply_group_offloading(module, **group, use_stream=config.stream is not None)
             self._register(module)
         return old
 
@@ -195,26 +191,23 @@ class TextSlot:
         # What a pipeline, a module or its hooks are, is in their attributes and in tensors.
         parts = {part for module in modules for part in module.modules()}
         hooks = [part._diffusers_hook for part in parts if hasattr(part, "_diffusers_hook")]
-        before = []
-        for owner in (pipe, *stages(pipe), *parts, *hooks):
-            own = owner.__dict__
-            lists = {key: copy(part) for key, part in own.items() if type(part) in (dict, list)}
-            before.append((own, own | lists))
-        tensors = [(tensor, tensor.data) for part in parts for tensor in part.parameters(False)]
-        try:
+        with ExitStack() as undo:  # from the last to the first
+            for owner in (pipe, *stages(pipe), *parts, *hooks):
+                own = owner.__dict__
+                lists = {
+                    key: part.copy() for key, part in own.items() if type(part) in (dict, list)
+                }
+                undo.callback(own.update, own | lists)
+                undo.callback(own.clear)
+            for tensor in (tensor for part in parts for tensor in part.parameters(False)):
+                undo.callback(setattr, tensor, "data", tensor.data)
+            undo.callback(self._register, original)
             if enable:
                 pipe.remove_all_hooks()
             yield
             if enable:
                 enable(device=pipe._offload_device)
-        except BaseException:
-            self._register(original)
-            for own, attributes in before:
-                own.clear()
-                own.update(attributes)
-            for tensor, data in tensors:
-                tensor.data = data
-            raise
+            undo.pop_all()
 
 
 def is_student(module: object) -> bool:
@@ -232,17 +225,15 @@ def check_device_map(device_map: Any) -> None:
     """Raise a PatchError for a pipeline that is spread: diffusers can't move its parts."""
     if device_map == "balanced" or (isinstance(device_map, dict) and len(device_map) > 1):
         raise PatchError(
-            f"device_map={device_map!r} spreads the pipeline over devices, and its T5 can't be "
-            "replaced in that state. Load it without device_map, or call pipe.reset_device_map()."
+            f"device_map={device_map!r} spreads the pipeline: load without, or reset_device_map()."
         )
 
 
 def find_hooks(module: nn.Module | None, name: str) -> list[Any]:
     """The hooks of diffusers with this name on a module and its parts."""
-    parts = [] if module is None else module.modules()
-    registries = [getattr(part, "_diffusers_hook", None) for part in parts]
-    hooks = [registry.get_hook(name) for registry in registries if registry is not None]
-    return [hook for hook in hooks if hook is not None]
+    parts: Any = [] if module is None else module.modules()
+    registries = [part._diffusers_hook for part in parts if hasattr(part, "_diffusers_hook")]
+    return [registry.hooks[name] for registry in registries if name in registry.hooks]
 
 
 def compute_dtype(module: Any) -> torch.dtype:
