@@ -144,8 +144,6 @@ class ProjectionAdapter(nn.Sequential):
 
     Maps (B, T, in_dim) to (B, T, out_dim), in the dtype of its weights. A Sequential, because the
     published files name them `final_projection.0.weight` and `final_projection.3.weight`.
-
-    Source: Wang et al., section 3.
     """
 
     def __init__(self, in_dim: int, out_dim: int, dropout_rate: float = 0.1) -> None:
@@ -173,8 +171,6 @@ class SlimT5Encoder(T5PreTrainedModel):
     T5EncoderModel. Loaded in float16, the `wo` layers stay in float32, since T5's activations
     behind them exceed float16's range. `.to(torch.float16)` casts them as well, and the embeddings
     are then wrong: pass `dtype=torch.float16` to `from_pretrained`, or use bfloat16.
-
-    Source: Wang et al., "Scaling Down Text Encoders of Text-to-Image Diffusion Models", section 3.
     """
 
     config_class = SlimT5Config

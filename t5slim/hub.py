@@ -13,7 +13,6 @@ from traceback import walk_tb
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, constants, errors, hf_hub_download
-from safetensors import SafetensorError
 from torch import OutOfMemoryError, nn
 from transformers import PreTrainedModel
 from transformers.utils import extract_commit_hash
@@ -27,17 +26,17 @@ _FAILURES = (errors.HFValidationError, errors.HTTPError, OSError)
 
 
 @contextmanager
-def hub_errors(what: str, *damages: type[Exception]) -> Iterator[None]:
+def hub_errors(what: str, *, loading: bool = False) -> Iterator[None]:
     """Turn every failure to read or write `what` into a HubAccessError; other errors pass.
 
     Args:
         what: A folder or Hub id.
-        *damages: What a damaged file raises.
+        loading: Its files are complete, so that any other error means that one is damaged.
 
     Raises:
         HubAccessError: A repository or revision doesn't exist, is gated or private; the Hub refuses
             or can't be reached, and the cache lacks a file; or a file can't be read or written.
-        CheckpointError: One of `damages`.
+        CheckpointError: A file is damaged.
     """
     try:
         yield
@@ -59,7 +58,7 @@ def hub_errors(what: str, *damages: type[Exception]) -> Iterator[None]:
                     f"Can't access {what!r}{'' if os.path.exists(what) else where}: "
                     f"{type(cause).__name__}: {cause}{cached}"
                 ) from error
-        if isinstance(error, damages):
+        if loading:
             raise CheckpointError(
                 f"{what!r} can't be loaded: {error!r}. If it isn't whole, as after a download that "
                 "broke, is a pickle, or a Git LFS pointer: copy it again, or force_download=True."
@@ -140,7 +139,7 @@ def load_strictly(
             "it). Pickled weights can run code, and are never opened: use a file of safetensors."
         )
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "local_files_only": True}
-    with hub_errors(name, SafetensorError, ValueError):
+    with hub_errors(name, loading=True):
         files = [file]
         if file.name == index:
             metadata, weight_map = map(read_json(file).get, ("metadata", "weight_map"))

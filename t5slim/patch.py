@@ -249,7 +249,7 @@ def _load_patched(cls: Any, source: str, student: Student | None, kwargs: dict[s
             its["variant"] = variant
     student = _load_student(student, slot, **its)
     kwargs = {"use_safetensors": True} | kwargs | access | {slot.name: None}
-    with hub.hub_errors(source, Exception):
+    with hub.hub_errors(source, loading=True):
         pipe = cls.from_pretrained(source, **kwargs)
     return _patch(TextSlot(pipe), student, keep=False)
 

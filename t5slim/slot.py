@@ -194,9 +194,7 @@ class TextSlot:
         with ExitStack() as undo:  # from the last to the first
             for owner in (pipe, *stages(pipe), *parts, *hooks):
                 own = owner.__dict__
-                lists = {
-                    key: part.copy() for key, part in own.items() if type(part) in (dict, list)
-                }
+                lists = {k: part.copy() for k, part in own.items() if type(part) in (dict, list)}
                 undo.callback(own.update, own | lists)
                 undo.callback(own.clear)
             for tensor in (tensor for part in parts for tensor in part.parameters(False)):

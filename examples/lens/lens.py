@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from t5slim import SlimT5Encoder
-from t5slim.distill.pipeline import check_pipeline_kwargs, evaluating, generate, teacher_of
+from t5slim.distill.pipeline import check_pipeline_kwargs, evaluating, run_pipeline, teacher_of
 from t5slim.distill.report import image_grid
 from t5slim.errors import DistillError
 from t5slim.slot import uncompiled
@@ -104,7 +104,7 @@ def lens(
             return hidden_states(encoders[name], layer, input_ids, mask).to(teacher.dtype)
 
         with evaluating(encoders[name]):
-            generated = generate(pipe, [prompt], kwargs, [seed], encode)
+            generated = run_pipeline(pipe, [prompt], kwargs, [seed], encode=encode, decode=True)
         if not generated:
             raise ValueError(f"{type(pipe).__name__} generates no images.")
         images[name][layer] = generated[0]

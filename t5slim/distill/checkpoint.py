@@ -221,7 +221,6 @@ def locked(folder: Path) -> Iterator[None]:
         ConfigError: It can't be made.
         DistillError: Another run is writing into it, or nothing can be written.
     """
-    made = not folder.exists()
     lock = FileLock(make_folder(folder) / ".t5slim-lock", timeout=0)  # it ends with the process
     try:
         lock.acquire()
@@ -235,8 +234,6 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):  # of Windows, which removes it later
             os.remove(lock.lock_file)
-            if made:
-                folder.rmdir()  # if it is empty, after an error before the training
         lock.release()
 
 

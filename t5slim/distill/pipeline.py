@@ -174,17 +174,6 @@ def run_pipeline(
             ) from error
 
 
-def generate(
-    pipe: Any,
-    prompts: Sequence[str],
-    pipeline_kwargs: Mapping[str, Any],
-    seeds: Sequence[int],
-    encode: Encode,
-) -> tuple[Image.Image, ...]:
-    """The images of a batch of prompts, each from its own seed; none of video and sound."""
-    return run_pipeline(pipe, prompts, pipeline_kwargs, seeds, encode=encode, decode=True)
-
-
 def tokenize(
     pipe: Any, prompts: Sequence[str], pipeline_kwargs: Mapping[str, Any]
 ) -> list[tuple[Tensor, Tensor | None]]:
@@ -288,8 +277,6 @@ def autocast_denoisers(pipe: Any, dtype: torch.dtype | None) -> Iterator[None]:
     """
 
     def forward(denoiser: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # Not `Accelerator.autocast`: accelerate fixes the precision once for a process, and a
-        # notebook that trains a second time with another one would be refused.
         with torch.autocast(denoiser.device.type, dtype):
             output = original(*args, **kwargs)
         return with_first_tensor(output, first_tensor(output).to(denoiser.dtype))
@@ -332,9 +319,6 @@ def evaluating(student: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
-
-
-# --- calls, and the tensors in them ---
 
 
 def call_encoder(forward: Callable[..., Any], ids: Tensor, mask: Tensor | None) -> Tensor:

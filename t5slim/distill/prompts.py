@@ -33,12 +33,8 @@ class PromptSource:
     may have no end, is read up to a million, too.
 
     Args:
-        prompts: A source, a list, a file, or a mapping as in YAML (see docs/prompts.md), one of
-
-                {file: captions.parquet, column: caption}
-                {dataset: somebody/captions, column: caption, limit: 100000}
-                {generator: compositional, count: 10000}
-                {mixture: [{weight: 2, prompts: ...}, {weight: 1, prompts: ...}]}
+        prompts: A source, a list, a file, or a mapping as in YAML, whose forms docs/prompts.md has:
+            a file and its column, a data set, a generator, or a mixture of these.
 
     Attributes:
         parts: Weight and distinct prompts of each list; only the ratio of the weights counts.

@@ -30,15 +30,8 @@ from .prompts import PromptSource
 CHECKPOINTS, METADATA, HISTORY = "checkpoints", "distillation.json", "history.jsonl"
 # Settings that don't change the weights that a run comes to, and so may differ when it is resumed.
 # The batch may be cut in other ways, as its product counts.
-_FREE = {
-    "eval_every",
-    "samples_every",
-    "trackers",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "batch_size",
-    "gradient_accumulation_steps",
-}
+_FREE = ["batch_size", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints"]
+_FREE += ["eval_every", "samples_every", "trackers"]
 _SAVED = {"architectures", "dtype", "transformers_version"}  # what a save adds to a config
 
 
@@ -234,8 +227,7 @@ def card_notes(facts: Mapping[str, Any], result: DistillResult, images: Sequence
 
 Distilled from the {facts["teacher"]} in a {facts["pipeline"]}.
 
-Velocity gap: {gap}. It is how far the denoiser's predictions move from those under the teacher,
-over how far they move under an empty prompt: 0 for the teacher, 1 for no prompt at all.
+Velocity gap (0: the teacher, 1: an empty prompt): {gap}.
 
 {shown}
 

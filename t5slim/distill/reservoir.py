@@ -85,8 +85,6 @@ class TrajectoryReservoir:
         self._due = 0.0
         self._tokenized: dict[str, int] = {}
 
-    # --- batches ---
-
     def batches(self, step: int, *, denoiser: bool = True) -> Iterator[Batch]:
         """The batches of update number `step` (from 0), one for each accumulation step.
 
@@ -136,8 +134,6 @@ class TrajectoryReservoir:
             self._tokenized |= dict(zip(new, indices[: len(new)], strict=True))
         return [self._tokenized[prompt] for prompt in prompts]
 
-    # --- trajectories ---
-
     def _captured(self, round_: int, group: range) -> list[Call]:
         """The teacher's calls for the prompts of a group in this round, each with all of them."""
         config = self._config
@@ -157,8 +153,6 @@ class TrajectoryReservoir:
         split = [(call, call.without(NO_PROMPT)) for call in split_trajectory(trajectory)]
         return [kept for call, kept in split if kept and {*kept.places} == {*call.places}]
 
-    # --- prompts ---
-
     def _prompt(self, draw: int) -> str:
         if self._random("empty", draw).random() < self._config.prompt_dropout:
             return ""
@@ -167,8 +161,6 @@ class TrajectoryReservoir:
     def _random(self, *key: Any) -> random.Random:
         # A string is hashed by SHA-512: the same on every machine, and no two keys alike.
         return random.Random(f"{self._config.seed}/{key}")
-
-    # --- resuming ---
 
     def state(self) -> dict[str, Any]:
         """Plain values, from which `restore` goes on."""

@@ -1,14 +1,8 @@
 """The teacher's embeddings: each prompt encoded once, in memory or on disk.
 
-On disk, they serve work without T5 in memory:
-
-    cache_teacher(pipe, prompts, "embeddings", pipeline_kwargs=kwargs)
-    TextSlot(pipe).replace(None)  # or load the pipeline without its T5: text_encoder_2=None
-    with cached_teacher(pipe, "embeddings"):
-        train(pipe, student, prompts, pipeline_kwargs=kwargs)
-
-A prompt takes S x D numbers of the teacher's dtype: 0.63 MB for 77 tokens of 4096 channels in
-bfloat16, 4.2 MB for 512. Padding is kept as well: FLUX.1 and SD3 read its embeddings, too.
+On disk, they serve work without T5 in memory (see docs/distill.md). A prompt takes S x D numbers of
+the teacher's dtype: 0.63 MB for 77 tokens of 4096 channels in bfloat16, 4.2 MB for 512. Padding is
+kept as well: FLUX.1 and SD3 read its embeddings, too.
 """
 
 from __future__ import annotations
@@ -32,7 +26,7 @@ from transformers import PreTrainedModel, T5Config
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import ConfigError, DistillError
-from ..hub import check_weights, make_folder, read_json, write_atomic
+from ..hub import check_weights, local_path, make_folder, read_json, write_atomic
 from ..slot import TextSlot, check_device_map
 from . import pipeline
 from .prompts import Prompts, PromptSource
@@ -157,7 +151,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(os.path.expanduser(str(folder)))
+        self.folder = Path(local_path(folder))
         try:
             self.teacher = read_json(self.folder / _TEACHER_FILE)
             width, dtype = self.teacher["width"], getattr(torch, self.teacher["dtype"])
@@ -353,14 +347,10 @@ def describe_teacher(pipe: Any) -> dict[str, Any]:
         facts["dtype"] = str(encoder.dtype).removeprefix("torch.")
         with slot.offload_paused():  # under sequential offload, weights are on the meta device
             check_weights(encoder)
-            facts["weights"] = fingerprint(encoder)
+            # A sample of them, whatever their names; offload can make two of what was tied.
+            digests = set()
+            for tensor in (*encoder.parameters(), *encoder.buffers()):
+                sample = tensor.flatten()[:: max(1, tensor.numel() // _FINGERPRINT_ELEMENTS)]
+                digests.add(f"{tuple(tensor.shape)} {pipeline.tensor_sha256(sample)}")
+        facts["weights"] = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
     return facts
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a sample of the weights, whatever their names and devices, in hex."""
-    digests = set()  # offload can make two of tensors that were tied
-    for tensor in (*module.parameters(), *module.buffers()):
-        sample = tensor.flatten()[:: max(1, tensor.numel() // _FINGERPRINT_ELEMENTS)]
-        digests.add(f"{tuple(tensor.shape)} {pipeline.tensor_sha256(sample)}")
-    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()

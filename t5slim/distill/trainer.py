@@ -56,18 +56,12 @@ def train(
     pipeline are frozen; the student's encoder and projection are trained in float32, whatever the
     student's dtype.
 
-        result = train(pipe, student, "prompts.txt", pipeline_kwargs={"height": 512, "width": 512})
-        patch_pipeline(pipe, result.student)
-
-    On several GPUs, start with `accelerate launch`, each process with the pipeline on its own
-    device.
-
     A run with an `output_dir` can be killed at any moment. Called again with `resume=True` and
     otherwise the same, it goes on from its last checkpoint, to bitwise the same weights (where the
     device computes the same twice). On SIGTERM and Ctrl-C it writes one first.
 
     Args:
-        pipe: A pipeline with a T5 in its text slot, on the device to train on.
+        pipe: A pipeline with a T5 in its text slot, on the device to train on, that of the process.
         student: With the vocabulary of that T5 and its output width. Trained in place.
         prompts: A list, or a file with one prompt on each line; or see `t5slim.distill.prompts`.
         config: The settings; `DistillConfig.paper()` has those of the paper.
@@ -147,7 +141,9 @@ def train(
         def sample(encode: pipeline.Encode) -> list[Image.Image]:
             images: list[Image.Image] = []
             for seed, prompt in enumerate(sampled, config.seed):  # one by one, to save memory
-                images += pipeline.generate(pipe, [prompt], kwargs, [seed], encode)
+                images += pipeline.run_pipeline(
+                    pipe, [prompt], kwargs, [seed], encode=encode, decode=True
+                )
             return images
 
         # At once: a device without room for the decoder is noticed now.
@@ -250,9 +246,6 @@ def train(
     return result
 
 
-# --- before a run ---
-
-
 def _check_trainable(pipe: Any, student: Any, config: Any) -> None:
     """Refuse a student that can't learn, or can't from this pipeline."""
     if not isinstance(config, DistillConfig):
@@ -298,9 +291,6 @@ def check_launch(config: DistillConfig) -> None:
                 "precision is the config's; to compile, call student.compile(); and the student "
                 "can't be sharded (the denoiser can: see docs/command-line.md)."
             )
-
-
-# --- during a run ---
 
 
 @contextmanager

@@ -1,9 +1,4 @@
-"""`t5slim evaluate`: students compared with their teacher.
-
-t5slim evaluate --pipeline.name_or_path black-forest-labs/FLUX.1-dev --pipeline.dtype bfloat16 \
-    --pipeline_kwargs "{height: 512, width: 512}" --students "[my-student, LifuWang/DistillT5]" \
-    --prompts prompts.txt --output_dir comparison
-"""
+"""`t5slim evaluate`: students compared with their teacher; see docs/comparing.md."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from operator import index
 from typing import Any
 
@@ -87,8 +86,7 @@ def compare(
     texts = list(table["prompt"])
     batches = pipeline.batches_of(texts, batch_size)
     measure = partial(_measures, DISTANCES if distances is None else distances, judge)
-    sizes = [kwargs.get(name) for name in ("width", "height")]
-    blank = Image.new("RGB", [n if n and n in range(4096) else 512 for n in sizes])
+    blank = Image.new("RGB", (512, 512))
     measure(blank, blank, texts[0])
     settings: Any = {"pipeline_kwargs": kwargs, "batch_size": batch_size}
 
@@ -124,9 +122,11 @@ def compare(
                     run["gap_of_calls"] = report.of_calls[~report.of_calls.isnan()].tolist()
                     run["spread"] = report.spread
                     reset_peak_memory(device)
-                    generate = partial(pipeline.generate, encode=pipeline.encoded_by(encoder, pipe))
-                    parts = [generate(pipe, b, kwargs, [seed] * len(b)) for b in batches]
-                    images = list(chain(*parts))
+                    encode, images = pipeline.encoded_by(encoder, pipe), []
+                    for batch in batches:
+                        images += pipeline.run_pipeline(
+                            pipe, batch, kwargs, [seed] * len(batch), encode=encode, decode=True
+                        )
                 if not isinstance(encoder, CachedTeacher):  # which says nothing of T5's costs
                     run |= _costs(device, tokens, encoder)
                 runs.append(run)
@@ -134,13 +134,8 @@ def compare(
                 measures = pd.DataFrame(map(measure, images, others, texts))
                 part = table.assign(encoder=name, seed=seed, image=images, **sample)
                 samples.append(part.join(measures))
-    facts = {
-        "pipeline": type(pipe).__name__,
-        "pipeline_kwargs": kwargs,
-        "seeds": seeds,
-        "teacher": _place(teacher),
-        "dtype": str(teacher.dtype),
-    }
+    facts = {"pipeline": type(pipe).__name__, "pipeline_kwargs": kwargs, "seeds": seeds}
+    facts |= {"teacher": _place(teacher), "dtype": str(teacher.dtype)}
     comparison = Comparison(pd.concat(samples, ignore_index=True), pd.DataFrame(runs), facts)
     if output_dir is not None:
         comparison.save(output_dir)

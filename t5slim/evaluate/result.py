@@ -17,7 +17,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from PIL import Image
 
 from ..distill.report import image_grid
-from ..hub import make_folder
+from ..hub import atomic_save, local_path
 
 TEACHER = "teacher"
 LABELS = {
@@ -116,7 +116,6 @@ class Comparison:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `comparison.json`, `.png` and `.html` into a folder; return the page."""
-        folder = make_folder(folder)
         content = {
             "facts": self.facts,
             "means": self.means().T.to_dict(),
@@ -125,13 +124,14 @@ class Comparison:
         }
         # JSON has neither NaN nor infinity: null.
         content = json.loads(json.dumps(content, default=repr), parse_constant=lambda _: None)
-        (folder / "comparison.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        self.image_grid().save(folder / "comparison.png")
         source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
         template = jinja2.Template(source, autoescape=True, undefined=jinja2.StrictUndefined)
         page = template.render(comparison=self, inline=_inline)
-        (folder / "comparison.html").write_text(page, encoding="utf-8")
-        return folder / "comparison.html"
+        with atomic_save(folder) as saved:
+            Path(saved, "comparison.json").write_text(json.dumps(content, indent=1), "utf-8")
+            Path(saved, "comparison.html").write_text(page, "utf-8")
+            self.image_grid().save(Path(saved, "comparison.png"))
+        return Path(local_path(folder), "comparison.html")
 
 
 def _number(value: float) -> str:
