@@ -77,37 +77,26 @@ def test_values_mean_what_they_say(file: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--promts=x", "unrecognized arguments: --promts"),
         ("--max_step=9", "unrecognized arguments: --max_step"),  # no abbreviations
         ("--pipeline.revison=x", "'revison' is not accepted"),
         ("--max_steps=many", "max_steps.*int.*many"),
-        ("--max_steps=0", "max_steps is 0; expected a positive integer"),
         ("--pipeline.dtype=bf16", "dtype.*bfloat16.*bf16"),
-        ("--pipeline.offload=disk", "offload.*sequential.*disk"),
         ("--pipeline.device=tpu:x", "ConfigError: .*device.*tpu"),
         ("--pipeline.quantization='{backend: x}'", "ConfigError: .*unexpected keyword.*'backend'"),
-        ("--pipeline.quantization='{}'", "ConfigError: .*quant"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
         ("--pipeline_kwargs.hight=16", "may not hold 'hight'; expected, of FluxPipeline: "),
         ("--pipeline_kwargs=null --prompts=nowhere.txt", "'nowhere.txt' is no such file"),
         ("--eval_prompts='{generator: quality}'", "compositional or text_rendering"),
-        ("--eval_prompts='{held_out: 0.1, number: 3}'", "number"),
         ("--student.d_modle=8", "a student's config has no d_modle"),
-        ("--student='{size: small}'", "'size': 'small'.; expected from_pretrained, from_t5 or"),
         ("--student='{from_pretrained: nobody/nothing}'", "'nobody/nothing', neither"),
         ("--student='{preset: small, 1: 2}'", "keywords must be strings"),
-        ("--student='{preset: small, .nan: 2}'", "keywords must be strings"),
+        ("--student='{size: small}'", "'size': 'small'.; expected from_pretrained, from_t5 or"),
         ("--pipeline_kwargs='{.nan: 2}'", "may not hold nan; expected, of FluxPipeline: "),
         ("--pipeline=nobody/nothing", "HubAccessError: .*'nobody/nothing'"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(
-    hub: Any,
-    file: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: str,
-    message: str,
+    hub: Any, file: str, tmp_path: Path, monkeypatch: Any, arguments: str, message: str
 ) -> None:
     monkeypatch.setattr(PipelineArguments, "load", None)
     with pytest.raises(SystemExit, match=f"(?s){message}"):
@@ -119,46 +108,28 @@ def test_mistakes_are_named_before_anything_is_loaded(
     ("text", "message"),
     [
         ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
-        ("{}", "required: pipeline, student, prompts, output_dir"),
         ("student: " + "[" * 100_000, "maximum nesting depth"),
         ("student:\n" + "".join(" " * i + "a:\n" for i in range(1, 2000)), "nesting depth|recurs"),
         ("a: \xff", "utf-8"),
-        ("a: \0", "control characters are not allowed|special characters"),
+        ("{}", "required: pipeline, student, prompts, output_dir"),
         ("", "Unexpected config|required"),
-        ("[1, 2]", "Unexpected config"),
         (BOMB, "It has an alias"),
         ("".join(f"k{i}: 1\n" for i in range(100_000)), "It has over 20000 values"),
-        (".nan: 3", "not accepted|nan"),
         ("student: {preset: small}\nmax_steps: 0x" + "f" * 20_000, "Exceeds the limit"),
-        ("student: !!int ''", "index out of range"),
-        ("student: !!python/object:os.system {}", "could not determine a constructor"),
-        ("student: !!set {a, b}", "student"),
-        ("student: !!timestamp 2020-13-45", "student|month"),
-        ("student: {? [a] : 1}", "unhashable"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path, start = tmp_path / "run.yaml", time.perf_counter()
-    given = "" if text in ("{}", "", "[1, 2]") else GIVEN
-    path.write_text(given + text, encoding="latin-1")
+    path.write_text(text if text in ("{}", "") else GIVEN + text, encoding="latin-1")
     with pytest.raises(SystemExit, match=f"(?s)ConfigError: .*({message})"):
         main(["--config", str(path)])
     assert time.perf_counter() - start < 10
 
 
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ('{"_class_name": "NoPipeline"}', "ConfigError: .* is a 'NoPipeline'"),
-        ("{}", "ConfigError: .* is a None"),
-        ('{"_class_name": ["x"]}', "ConfigError"),
-        ('{"_class_name": "StableDiffusionXLPipeline"}', "NoT5SlotError"),
-        ('{"_class_name": "FluxTransformer2DModel"}', "NoT5SlotError: .*FluxTransformer2DModel"),
-    ],
-)
-def test_folders_of_no_pipeline(file: str, tmp_path: Path, index: str, message: str) -> None:
-    (tmp_path / "model_index.json").write_text(index)
-    with pytest.raises(SystemExit, match=message):
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxTransformer2DModel"])
+def test_folders_of_no_pipeline(file: str, tmp_path: Path, name: str) -> None:
+    (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{name}"}}')
+    with pytest.raises(SystemExit, match=f"NoT5SlotError: .*{name}"):
         main(["--config", file, f"--pipeline={tmp_path}"])
 
 
@@ -270,9 +241,3 @@ def test_two_processes_share_the_work(file: str, tmp_path: Path) -> None:
     shown = launch("-m", *torchrun, "-m", "t5slim.distill", "--config", file, *cache, *alike)
     assert shown.count("student_samples") == 1  # one of them prints
     torch.testing.assert_close(weights(tmp_path / "out"), weights(tmp_path / "one"))
-
-
-def test_launches_that_make_no_sense(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(SystemExit, match=r"ACCELERATE_USE_DEEPSPEED.*can't be sharded"):
-        main(["--config", file])

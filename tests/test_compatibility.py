@@ -46,9 +46,6 @@ def patched_latents():
     return generate(patched_flux())
 
 
-# --- torch.compile ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("how", ["before", "in the slot", "module.compile"])
 def test_a_compiled_student(how, patched_latents):
     pipe, student = tiny_flux(), flux_student()
@@ -84,9 +81,6 @@ def test_distillation_through_a_compiled_denoiser(how):
     assert velocity_gap(pipe, flux_student(), PROMPTS[:2], **kwargs) == pytest.approx(gap, rel=1e-5)
 
 
-# --- Layerwise casting ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("skip", [T5_SKIP, "auto"])
 def test_layerwise_casting_of_t5(skip):
     """The student computes in the dtype that T5 computed in, not in the one it was stored in."""
@@ -116,9 +110,6 @@ def test_layerwise_casting_of_the_student(when):
     assert {*dtypes(unpatch_pipeline(pipe).text_encoder_2)} == {torch.bfloat16}
     assert torch.equal(generate(pipe), old)
     assert student(torch.tensor([[1, 2]]))[0].isfinite().all()
-
-
-# --- Caches, shared components, copies --------------------------------------------------------
 
 
 def test_cache():
@@ -162,9 +153,6 @@ def test_copies(duplicate, patched_latents):
     assert torch.equal(generate(pipe), patched_latents)
 
 
-# --- Modular pipelines ------------------------------------------------------------------------
-
-
 def modular_flux(**kwargs):
     pipe = diffusers.FluxAutoBlocks().init_pipeline(**kwargs)
     parts = {n: part for n, part in tiny_flux().components.items() if n in pipe.components}
@@ -180,6 +168,8 @@ def generate_modular(pipe):
 def test_modular_pipeline(tmp_path):
     pipe = modular_flux()
     before, old = (dict(pipe.config), dict(pipe._component_specs)), generate_modular(pipe)
+    with pytest.raises(DistillError, match="is a modular pipeline"):
+        capture(pipe, PROMPTS[:1])
     patch_pipeline(pipe, flux_student(), keep_teacher=True)
     new = generate_modular(pipe)
     assert not torch.equal(new, old)
@@ -217,14 +207,6 @@ def test_components_manager(collection):
     assert held is pipe.text_encoder_2
 
 
-def test_modular_pipelines_are_not_distilled_through():
-    with pytest.raises(DistillError, match="is a modular pipeline"):
-        capture(modular_flux(), PROMPTS[:1])
-
-
-# --- LoRA -------------------------------------------------------------------------------------
-
-
 def test_lora_of_the_student(tmp_path):
     """Trained over a frozen student, saved, loaded, merged."""
     peft = pytest.importorskip("peft")
@@ -246,9 +228,6 @@ def test_lora_of_the_student(tmp_path):
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = generate(patch_pipeline(tiny_flux(), tmp_path / "merged"))
     torch.testing.assert_close(merged, new, rtol=1e-4, atol=1e-4)
-
-
-# --- Quantisation -----------------------------------------------------------------------------
 
 
 # The module to import, its config in diffusers and transformers, and the dtype to compute in.

@@ -45,9 +45,6 @@ def images(comparison: Comparison, encoder: str, seed: int = 0) -> list[np.ndarr
     return [np.asarray(image) for image in found["image"]]
 
 
-# --- measures ---
-
-
 @pytest.mark.parametrize("name", ["flux", "sd3", "pixart_sigma", "chroma"])
 def test_images_and_gaps_are_those_of_the_users_own_calls(name: str) -> None:
     pipe = TINY_PIPELINES[name]()
@@ -135,9 +132,6 @@ def test_a_judge_that_is_fine_on_the_blank_image_only(later: Any) -> None:
         compared(pipe, tiny_student(pipe), judge=lambda *_: next(answers, later))
 
 
-# --- what is left unchanged ---
-
-
 def test_a_patched_pipeline_is_compared_with_its_own_teacher_and_stays_patched() -> None:
     pipe = tiny_flux()
     teacher, student = pipe.text_encoder_2, tiny_student(pipe)
@@ -177,38 +171,26 @@ def test_without_t5_in_memory_the_numbers_are_the_same(tmp_path: Path) -> None:
         (None, {}, r"Got students \[\]; expected one or more"),
         ({"teacher": "x"}, {}, "none 'teacher'"),
         (["a/student", "a/student"], {}, "Two students have one name"),
-        ({"x": 3}, {}, "got int"),
         ("wide", {}, "width 33"),
         (3, {}, "got int"),
-        ({3: "x"}, {}, "3 is no name"),
         ("a\x1b[31m", {}, "is no name; expected one line of printable text"),
-        ("\ud800", {}, "is no name"),
         ("mine", {"prompts": {"a\0": ["x"]}}, "is no name"),
-        ("mine", {"seeds": ()}, r"Got seeds \[\]"),
         ("mine", {"seeds": 3}, "Got seeds 3; expected integers, as a list"),
-        ("mine", {"seeds": [0.5]}, r"Got seeds \[0.5\]; expected integers"),
         ("mine", {"batch_size": 0}, "batch_size is 0; expected a positive integer"),
-        ("mine", {"batch_size": "8"}, "batch_size is '8'"),
         ("mine", {"output_dir": __file__}, "can't be made a folder: .*exists"),
-        ("mine", {"pipeline_kwargs": {1: 2}}, "pipeline_kwargs may not hold 1; expected"),
         ("mine", {"seeds": [0, 2**70]}, r"Got seeds \[0, 1180591620717411303424\]; expected int"),
         ("mine", {"seeds": (1, 1)}, "and each once"),
-        ("mine", {"prompts": {}}, r"Got prompts \[\]"),
         ("mine", {"prompts": {"a": ["x"], "b": ["x"]}}, "and each once"),
         ("mine", {"pipeline_kwargs": {"num_images_per_prompt": 2}}, "may not hold 'num_images"),
         ("mine", {"judge": lambda *_: {"x": "good"}}, "could not convert string to float: 'good'"),
         ("mine", {"judge": lambda image: {"x": 1}}, "takes 1 positional argument but 2 were given"),
         ("mine", {"judge": lambda *_: 0.5}, "Expected judge.image, prompt., which returns numbers"),
-        ("mine", {"judge": lambda *_: torch.ones(3)}, "A judge or distance failed"),
-        ("mine", {"judge": lambda *_: math.nan}, "A judge or distance failed"),
         ("mine", {"judge": lambda *_: {0: 1}}, "0 is no name"),
         ("mine", {"distances": ["psnr"]}, "distances such as"),
-        ("mine", {"distances": {"d": "psnr"}}, "'str' object is not callable"),
         ("mine", {"distances": {"d": lambda *_: torch.ones(2)}}, "A judge or distance failed"),
         ("mine", {"distances": {"prompt": lambda *_: 1}}, "'prompt' is the name of"),
         ("mine", {"judge": lambda *_: {"psnr": 1}}, "'psnr' is the name of another measure"),
         ("mine", {"judge": lambda *_: {"d": 1}, "distances": {"d": lambda *_: 1}}, "'d' is the"),
-        ("mine", {"distances": {"velocity_gap": lambda *_: 1}}, "'velocity_gap' is the name of"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_expensive(
@@ -244,8 +226,6 @@ def test_any_line_of_text_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     page = (tmp_path / "a" / "folder" / "comparison.html").read_text(encoding="utf-8")
     assert "<b>sign" not in page
 
-
-# --- forms of the result ---
 
 EVIL = "<script>document.title = 'gone'</script> \"a sign\" & 'two'</td><img src=http://x.invalid/>"
 
@@ -354,7 +334,6 @@ def test_from_the_command_line(
         ({"prompts": "none.txt"}, "DistillError: 'none.txt' is no such file"),
         ({"students": "none/student"}, "HubAccessError: .*'none/student'"),
         ({"pipeline_kwargs.hieght": "8"}, "DistillError: pipeline_kwargs may not hold 'hieght'"),
-        ({"pipeline": "nobody/none"}, "HubAccessError: .*'nobody/none'"),
         ({"batch_sise": "2"}, "ConfigError: .*batch_sise"),
     ):
         with pytest.raises(SystemExit, match=f"(?s){message}"):

@@ -45,38 +45,22 @@ def refused(folder, error, *parts, load=SlimT5Encoder.from_pretrained):
     assert not [part for part in parts if part not in str(caught.value)]
 
 
-def lacks(tensors):
-    del tensors["final_projection.3.weight"], tensors["encoder.shared.weight"]
-    tensors["extra.a"], tensors["extra.b"] = torch.ones(1), torch.zeros(1)
-    tensors["final_projection.0.weight"] = torch.zeros(25, 16)
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_not_finite(folder, value):
+    edit_tensors(folder, lambda tensors: tensors["final_projection.0.weight"][3, 2].fill_(value))
+    refused(folder, CheckpointError, "NaN or infinity in: final_projection.0.weight", "revision")
 
 
-def put(value):
-    return lambda tensors: tensors["final_projection.0.weight"][3, 2].fill_(value)
+def test_missing_unexpected_and_misshaped(folder):
+    def change(tensors):
+        del tensors["final_projection.3.weight"], tensors["encoder.shared.weight"]
+        tensors["extra.a"], tensors["extra.b"] = torch.ones(1), torch.zeros(1)
+        tensors["final_projection.0.weight"] = torch.zeros(25, 16)
 
-
-NOT_FINITE = ["NaN or infinity in: final_projection.0.weight", "revision"]
-TENSORS = {
-    "NaN": (put(float("nan")), NOT_FINITE),
-    "infinity": (put(-float("inf")), NOT_FINITE),
-    "missing, unexpected and misshaped": (
-        lacks,
-        [
-            "missing: encoder.",
-            "shared.weight, final_projection.3.weight",
-            "unexpected: extra.a, extra.b",
-            "of another shape (in the file, in the config): ('final_projection.0.weight', "
-            "torch.Size([25, 16]), torch.Size([24, 16]))",
-            "from_t5",
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", TENSORS)
-def test_tensors(folder, case):
-    change, parts = TENSORS[case]
     edit_tensors(folder, change)
+    parts = ["missing: encoder.", "shared.weight, final_projection.3.weight", "from_t5"]
+    parts += ["unexpected: extra.a, extra.b", "of another shape (in the file, in the config): "]
+    parts += ["('final_projection.0.weight', torch.Size([25, 16]), torch.Size([24, 16]))"]
     refused(folder, CheckpointError, *parts)
 
 
@@ -93,12 +77,10 @@ def test_a_plain_t5_is_sent_to_from_t5_which_is_as_strict(tmp_path, folder):
     "content",
     [
         lambda whole: whole[:-1000],
-        lambda whole: whole[:100],
-        lambda whole: b"",
         lambda whole: pickle.dumps({"weight": [1.0] * 100}),
         lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2141\nsize 12\n",
     ],
-    ids=["truncated", "truncated header", "empty", "a pickle", "a Git LFS pointer"],
+    ids=["truncated", "a pickle", "a Git LFS pointer"],
 )
 def test_not_a_whole_safetensors_file(folder, content):
     file = folder / "model.safetensors"
@@ -133,28 +115,17 @@ def test_config_is_no_json_object(folder, text, message):
     [
         ({"d_model": 10**9, "project_in_dim": 10**9}, "at most 6 billion"),
         ({"relative_attention_num_buckets": 2**31 - 1}, "at most 6 billion"),
-        ({"vocab_size": 10**400}, "at most 6 billion"),
         ({"num_layers": 10**9}, "num_layers: expected from 1 to 1,000"),
-        ({"d_ff": -1}, "d_ff: expected a positive integer"),
         ({"project_out_dim": 24.0}, "project_out_dim: expected a positive integer"),
         ({"d_model": "16"}, "d_model"),
-        ({"d_kv": None}, "d_kv"),
         ({"project_in_dim": 32}, "project_in_dim: expected d_model = 16, got 32"),
-        ({"dropout_rate": 1.5}, "dropout_rate"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon: expected a finite number"),
         ({"feed_forward_proj": "gated-no"}, "feed_forward_proj"),
-        ({"feed_forward_proj": "a-b-c"}, "feed_forward_proj"),
         ({"encoder_type": ["t5"]}, "encoder_type: expected 't5' or 'umt5'"),
-        ({"torch_dtype": "float17", "dtype": None}, "float17"),
-        ({"layer_norm_epsilon": 1e300}, "layer_norm_epsilon"),
         ({"initializer_factor": float("nan")}, "initializer_factor: expected a number from 0"),
-        ({"initializer_factor": "1"}, "initializer_factor"),
         ({"dropout_rate": -float("inf")}, "dropout_rate"),
-        ({"relative_attention_max_distance": 10**400}, "relative_attention_max_distance"),
-        ({"relative_attention_max_distance": 8}, "from 33 to 1,000,000"),  # a division by zero
         ({"relative_attention_num_buckets": 3}, "from 4 to 128"),
-        ({"num_layers": True}, "num_layers"),
-        ({"dtype": float("nan")}, "invalid config"),
+        ({"relative_attention_max_distance": 8}, "from 33 to 1,000,000"),  # a division by zero
         ({"base_model": ["google/flan-t5-base"]}, "base_model: expected a string"),
         ({"quantization_config": 4}, "invalid config"),
     ],
@@ -248,9 +219,8 @@ OUTSIDE = ["../other/model.safetensors", "{root}/other/model.safetensors", "..\\
 
 @pytest.mark.parametrize(
     "index",
-    [{}, [], {"weight_map": MAP}, {"metadata": []} | {"weight_map": MAP}]
-    + [{"metadata": {}, "weight_map": wrong} for wrong in ([*MAP], {}, {"a": [*MAP]}, {"a": 1})]
-    + [{"metadata": {}, "weight_map": {"a": name}} for name in (*OUTSIDE, "pytorch_model.bin")],
+    [{}, [], {"weight_map": MAP}, {"metadata": {}, "weight_map": {}}]
+    + [{"metadata": {}, "weight_map": {"a": name}} for name in (*OUTSIDE, "pytorch_model.bin", 1)],
 )
 def test_index_of_shards(folder, index):
     """It names files beside it, and no pickle: there are students in `other` and in the pickle."""
