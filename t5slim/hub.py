@@ -191,8 +191,8 @@ def check_no_lora(model: nn.Module) -> None:
     check_weights(model)
     if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise CheckpointError(
-            "the layout of a student has no place for the LoRA that is in it: save that alone, by "
-            "save_pretrained of its PeftModel; or save what its merge_and_unload() returns."
+            "the student has a LoRA in it, for which its layout has no place. Save the LoRA alone, "
+            "with save_pretrained of its PeftModel, or what its merge_and_unload() returns."
         )
 
 

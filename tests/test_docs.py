@@ -20,7 +20,7 @@ PAGES = [
 OTHERS = re.compile(
     r"^t5slim\.encoder is not one|^Pipeline … expected|_execution_device|^mat1 and mat2|^'NoneType'"
     r"|^The following part|^Token indices|^Loaded embeddings|^You are trying|^It seems like"
-    r"|^Expected all tensors|^CUDA out of memory|^expected m1 and m2|^IndexError"
+    r"|^Expected all tensors|^CUDA out of memory|^expected m1 and m2"
 )
 
 

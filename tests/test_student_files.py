@@ -178,7 +178,7 @@ def test_arguments_of_from_pretrained(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     T5EncoderModel(T5Config(**TINY)).save_pretrained(folder / "t5")
     assert SlimT5Encoder.from_t5("~/t5", 24, output_loading_info=True).config.d_model == 16
-    with pytest.raises(TypeError, match="local_file_only"):
+    with pytest.raises(CheckpointError, match="local_file_only"):
         SlimT5Encoder.from_pretrained(folder, local_file_only=True)
 
 
