@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from t5slim import T5SlimError, patch_pipeline
-from t5slim.distill import VelocityGap, cache_teacher, cached_teacher, capture, velocity_gap
+from t5slim.distill import VelocityGap, cache_teacher, cached_teacher, capture, train, velocity_gap
 from t5slim.errors import ConfigError, DistillError, IncompatibleStudentError
 from t5slim.evaluate import compare
 from t5slim.slot import TextSlot
@@ -135,11 +135,12 @@ def test_a_student_can_be_a_folder(tmp_path: Path) -> None:
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {
-    "a class": lambda: FluxPipeline,
-    "an id": lambda: "owner/flux",
-    "a component": lambda: tiny_flux().transformer,
-    "no T5": lambda: FluxPipeline(**tiny_flux().components | {"text_encoder_2": None}),
-    "no weights": lambda: FluxPipeline(
+    "expected a.* pipeline.* got the class FluxPipeline": lambda: FluxPipeline,
+    "expected a.* pipeline.* got str": lambda: "owner/flux",
+    "no teacher|no cached": lambda: FluxPipeline(
+        **tiny_flux().components | {"text_encoder_2": None}
+    ),
+    "no weights|meta tensor": lambda: FluxPipeline(
         **tiny_flux().components | {"text_encoder_2": tiny_flux().text_encoder_2.to("meta")}
     ),
 }
@@ -151,9 +152,9 @@ def test_pipelines_that_are_none(what: str, tmp_path: Path) -> None:
     arguments: Any = {"pipeline_kwargs": call_kwargs(tiny_flux())}
     for function, *given in (
         (compare, student, PROMPTS), (velocity_gap, student, PROMPTS), (VelocityGap, PROMPTS),
-        (capture, PROMPTS), (cache_teacher, PROMPTS, tmp_path / "cache"),
+        (train, student, PROMPTS), (capture, PROMPTS), (cache_teacher, PROMPTS, tmp_path / "cache"),
     ):  # fmt: skip
-        with pytest.raises(T5SlimError):
+        with pytest.raises(T5SlimError, match=what):
             function(pipe, *given, **arguments)
     with pytest.raises(T5SlimError):
         cached_teacher(pipe, tmp_path / "cache").__enter__()

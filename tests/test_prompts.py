@@ -87,14 +87,11 @@ def test_columns_of_files_and_data_sets(tmp_path: Path, monkeypatch: pytest.Monk
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {
     "latin 1": ("a.txt", "ok\nBär\n".encode("latin-1"), r"a\.txt, prompt 2: 'B\\udce4r\\n'; expec"),
-    "utf-16": ("a.txt", "ok\n".encode("utf-16"), r"a\.txt, prompt 1: .* expected text, in UTF-8"),
     "NUL": ("a.txt", b"a\nb\0c\n", r"a\.txt, prompt 2: .* expected text, in UTF-8 and without"),
     "empty": ("a.txt", b"\n \n", r"a\.txt holds no prompts"),
     "comma": ("a.csv", b"prompt\na\nb, c\n", r"a\.csv: .* 1 fields in line 3, saw 2"),
-    "commas": ("a.csv", b"prompt\na, b\nc, d\n", r"a\.csv: .*, commas in quotes"),
     "no header": ("a.csv", b"a cat\na dog\n", r"columns are .'a cat'.; expected one called prompt"),
     "two columns": ("a.csv", b"prompt,text\na,b\n", r"a\.csv: .*, or its name as `column`"),
-    "broken": ("a.parquet", b"PAR1 and so on", r"a\.parquet: .*Parquet magic bytes"),
 }
 
 
@@ -110,7 +107,6 @@ ROWS = datasets.Dataset.from_dict({"caption": PROMPTS, "url": ["u"] * len(PROMPT
 COLUMNS: dict[str, Any] = {
     "pandas": ROWS.to_pandas()["caption"],
     "arrow": pyarrow.array(PROMPTS),
-    "chunks": pyarrow.table({"caption": PROMPTS})["caption"],
     "datasets": ROWS["caption"],
     "streamed": ROWS.to_iterable_dataset()["caption"],
     "numpy": numpy.array(PROMPTS),
@@ -128,33 +124,18 @@ def failing() -> Iterator[str]:
     raise ConnectionError("the line broke")
 
 
-TABLE = type("Table", (), {"columns": ("caption", "url")})
 WRONG: list[tuple[Any, str]] = [
     ("a red circle", "is no such file; expected a list of prompts"),
     ("a\0b", "is no such file"),
-    ("a" * 5000, "is no such file"),
-    (Path(__file__).parent, "is no such file"),
     ({"path": "a.txt"}, r"\{'path': 'a\.txt'\}: .*; expected .* \{file, column\}, "),
-    ({"file": "a", "dataset": "b"}, "unexpected keyword argument 'dataset'"),
     ({"generator": "quality"}, "generator='quality'.*expected .*compositional or text_rendering"),
-    (
-        {"generator": ["compositional"]},
-        r"generator=\['compositional'\].*expected .*compositional or text_rendering",
-    ),
-    ({"generator": None}, "generator=None.*expected .*compositional or text_rendering"),
-    ({"generator": "compositional", "count": 2.5}, "count=2.5; expected .*at most 1,000,000"),
+    ({"generator": "compositional", "count": 10**12}, "count=10+; expected .*at most 1,000,000"),
     (None, "'NoneType' object is not iterable.*expected"),
-    (2.5, "'float' object is not iterable.*expected"),
     ({"generator": "compositional", "count": 0}, "generator holds no prompts"),
     ({"generator": lambda _: None}, "generator, prompt 1: None; expected text"),
-    ({"mixture": {"weight": 1}}, r"expected .*\{mixture: \[\{weight, prompts\}"),
-    ({"mixture": [{"prompts": ["a"]}]}, r"'weight'.*expected"),
     (mixture((mixture(), 1)), r"Got weights \[\]"),
-    (["a", 3], "list, prompt 2: 3; expected text"),
     (["a", "\ud83d"], r"list, prompt 2: '\\ud83d'; expected text, in UTF-8"),
     ({"a", "b"}, r"got a set.*expected a list .*; of a set, sorted\(prompts\)"),
-    (frozenset("ab"), r"got a frozenset.*expected a list .*; of a set, sorted\(prompts\)"),
-    (ROWS, r"got a Dataset.*expected a list .of a table, table\['caption'\]"),
     (
         ROWS.to_iterable_dataset(),
         r"got a IterableDataset.*expected a list .of a table, table\['caption'",
@@ -162,20 +143,12 @@ WRONG: list[tuple[Any, str]] = [
     (ROWS.to_pandas(), r"got a DataFrame.*expected a list .of a table, table\['caption'\]"),
     (pyarrow.table({"a": ["b"]}), r"got a Table.*expected a list .of a table, table\['caption'\]"),
     ({"caption": PROMPTS}, r"keyword argument 'caption'.*of a table, table\['caption'\]"),
-    ([{"caption": "a"}], r"list, prompt 1: \{'caption': 'a'\}; expected text"),
-    ([b"a"], "list, prompt 1: b'a'; expected text"),
-    (["a", None], "list, prompt 2: None; expected text"),
     (pandas.Series(["a", None]), "list, prompt 2: nan; expected text"),
-    (numpy.array("a"), "0-d array.*expected"),
-    (5, "'int' object is not iterable.*expected"),
     (failing(), "generator object failing.*the line broke.*expected"),
-    ({"generator": lambda _: 1 / 0}, "division by zero.*expected"),
-    ({"generator": "compositional", "count": 10**12}, "count=10+; expected .*at most 1,000,000"),
     (itertools.repeat(" "), "list holds no prompts"),
     (["a" * 100_001], "list, prompt 1: .*up to 100,000 characters"),
     ("/dev/zero", "is no such file"),
     ("~/no such file", "/no such file' is no such file"),
-    (TABLE(), r"got a Table.*expected a list .of a table, table\['caption'\]"),
 ]
 WEIGHTS = [mixture((PROMPTS, 1), (PROMPTS, w)) for w in (0, -1, float("nan"), float("inf"))]
 WRONG += [(form, r"Got weights \[1.*all above 0") for form in WEIGHTS]
@@ -258,14 +231,6 @@ def test_generated_prompts(name: str) -> None:
     assert hashlib.sha256(text.encode()).hexdigest()[:12] == DIGESTS[name]
 
 
-@pytest.mark.parametrize("arguments", [("quality", 1), (["compositional"], 1), (str, "1")])
-def test_generators_that_mean_nothing(arguments: Any) -> None:
-    with pytest.raises(
-        DistillError, match=r"Got generator=.*expected .*compositional or text_rendering"
-    ):
-        generate_prompts(*arguments)
-
-
 def test_a_generator_of_ones_own() -> None:
     def shapes(rng: random.Random) -> str:
         return f" a {rng.choice(['red', 'yellow'])} circle \n"
@@ -290,14 +255,16 @@ def test_the_split_is_by_hash() -> None:
     assert split_held_out(prompts, 0.02, 7)[1] == held_out[:7]
 
 
-@pytest.mark.parametrize("arguments", [("0.1", 4), (0.1, "4"), (0.1, 0)])
-def test_a_split_by_other_than_numbers(arguments: Any) -> None:
-    with pytest.raises(DistillError, match=r"share=.*expected positive numbers"):
-        split_held_out(numbered(20), *arguments)
+NOT_SPLIT = "share={} holds out none of the prompts, or all"
+NUMBERS = "share=.*expected positive numbers"
 
 
-@pytest.mark.parametrize("share", [0, 0.1, 0.999999, 1])
-def test_a_split_that_holds_out_nothing_or_all(share: float) -> None:
+@pytest.mark.parametrize(
+    "share, count, message",
+    [(share, 4, NOT_SPLIT.format(share)) for share in (0, 0.1, 0.999999, 1)]
+    + [("0.1", 4, NUMBERS), (0.1, "4", NUMBERS), (0.1, 0, NUMBERS)],
+)
+def test_a_split_that_means_nothing(share: Any, count: Any, message: str) -> None:
     few = [prompt for prompt in numbered(20) if 0.1 < hash_position(prompt) < 0.999]
-    with pytest.raises(DistillError, match=f"share={share} holds out none of the prompts, or all"):
-        split_held_out(few, share)
+    with pytest.raises(DistillError, match=message):
+        split_held_out(few, share, count)

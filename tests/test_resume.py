@@ -219,97 +219,66 @@ def write_checkpoint(folder: Path, step: int, metadata: Any, tensors: Any) -> No
     (folder / "checkpoints" / name).write_bytes(content)
 
 
-def spoil(folder: Path, how: str) -> None:
-    files = folder / "checkpoints"
-    first = checkpoints(folder)[2].name
-    match how:
-        case "another run's":
-            resumable(folder / "other", max_steps=29, learning_rate=1e-3)
-            shutil.move(checkpoints(folder / "other")[29], files)
-        case "no run's":
-            write_checkpoint(folder, 29, {}, {"student": torch.ones(1)})
-            write_checkpoint(folder, 31, {"state": "[" * 10**5}, {"a": torch.ones(1)})
-        case "renamed":
-            (files / first).rename(files / first.replace("02-", "99-"))
-        case "no files":
-            (files / first.replace("02-", "98-")).mkdir()
-            (files / f"{STEPS:08d}-a-folder").mkdir()
-            (files / "00000097").symlink_to("00000097")
-            os.mkfifo(files / "99999999-pipe.safetensors")
-            (files / "5 \n").touch()
-
-
-@pytest.mark.parametrize("how", ["another run's", "no run's", "renamed", "no files"])
 def test_what_is_no_checkpoint_of_the_run_isnt_believed(
-    how: str, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
     checkpoints(folder)[STEPS].unlink()
-    spoil(folder, how)
+    files, first = folder / "checkpoints", checkpoints(folder)[2].name
+    resumable(folder / "other", max_steps=29, learning_rate=1e-3)
+    spoiled = [Path(shutil.move(checkpoints(folder / "other")[29], files))]
+    write_checkpoint(folder, 32, {}, {"student": torch.ones(1)})
+    write_checkpoint(folder, 31, {"state": "[" * 10**5}, {"a": torch.ones(1)})
+    spoiled += [checkpoints(folder)[step] for step in (31, 32)]
+    spoiled.append((files / first).rename(files / first.replace("02-", "99-")))
+    (files / first.replace("02-", "98-")).mkdir()
+    os.mkfifo(files / "99999999-pipe.safetensors")
+    (files / "00000097").symlink_to("00000097")
+    (files / "5 \n").touch()
     (folder / "history.jsonl").write_text("neither is this")
     resumable(folder, keep_checkpoints=99)
-    assert "is damaged and not used" in caplog.text and history_of(folder) == history_of(whole)
+    assert not [file for file in spoiled if f"{file} is damaged and not used" not in caplog.text]
+    assert history_of(folder) == history_of(whole)
     assert_same(*(load_file(path / "model.safetensors") for path in (folder, whole)))
-
-
-@pytest.mark.parametrize("name", ["student.final_projection.0.weight", "ema.0", None])
-def test_a_checkpoint_that_doesnt_fit_is_named(
-    name: str | None, whole: Path, tmp_path: Path
-) -> None:
-    """Though its SHA-256 is right: it has a tensor of another shape, or is of another optimizer."""
-    folder = shutil.copytree(whole, tmp_path / "run")
-    file = checkpoints(folder)[STEPS]
-    changes: dict[str, Any] = {} if name else {"optimizer": MOMENTUM}
-    if name:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        tensors = load_file(file)
-        tensors[name] = tensors[name][:1].clone()
-        file.unlink()
-        write_checkpoint(folder, STEPS, metadata, tensors)
-    pipe = tiny_flux()
-    student = tiny_student(pipe)
-    before = weights(student)
-    with pytest.raises(DistillError, match="The newest checkpoint doesn't fit"):
-        run(pipe, student, PROMPTS, output_dir=folder, resume=True, **RESUMED | changes)
-    assert_same(student.state_dict(), before)
 
 
 @pytest.mark.parametrize(
     "part, value",
     [
-        ("skipped", "0"),
-        ("history", 3),
-        ("losses", None),
-        ("student", {}),
+        ("optimizer", MOMENTUM),
+        ("student.final_projection.0.weight", torch.ones(1)),
+        ("ema.0", torch.ones(1)),
         ("scaler", {"scale": 2.0}),
         ("optimizer.AdamW", {"first": {}}),
-        ("result", {"steps": STEPS - 2}),
         ("result.seconds", "long"),
-        ("reservoir._rounds", None),
         ("reservoir._due", "1.0"),
-        ("reservoir.teacher_samples", 1.5),
     ],
 )
-def test_a_checkpoint_that_was_edited_is_named(
+def test_a_checkpoint_that_doesnt_fit_is_named(
     part: str, value: Any, whole: Path, tmp_path: Path
 ) -> None:
-    """Though its name was signed anew: whichever part it is, and before anything is sampled."""
+    """Of another optimizer, or edited and signed anew: before anything is sampled."""
     folder = shutil.copytree(whole, tmp_path / "run")
     checkpoints(folder)[STEPS].unlink()
     file = checkpoints(folder)[STEPS - 2]
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     tensors, state = load_file(file), json.loads(metadata["state"])
+    changes = {part: value} if value is MOMENTUM else {}
     *parents, name = part.split(".")
-    functools.reduce(dict.__getitem__, parents, state)[name] = value
+    if part in tensors:
+        tensors[part] = value
+    elif not changes:
+        functools.reduce(dict.__getitem__, parents, state)[name] = value
     file.unlink()
     write_checkpoint(folder, STEPS - 2, metadata | {"state": json.dumps(state)}, tensors)
     pipe = tiny_flux()
-    calls = calls_of(pipe.transformer)
+    student, calls = tiny_student(pipe), calls_of(pipe.transformer)
+    before = weights(student)
     with pytest.raises(DistillError, match="The newest checkpoint doesn't fit"):
-        resumable(folder, pipe)
+        resumable(folder, pipe, student=student, **changes)
     assert not calls
+    assert_same(student.state_dict(), before)
 
 
 @pytest.mark.parametrize("made", [True, False])
@@ -320,9 +289,7 @@ def test_a_run_that_cant_begin_leaves_no_folder(made: bool, tmp_path: Path) -> N
     assert (tmp_path / "run").exists() == made
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", "\0", '{"identity": 3}', '{"identity": []}', "[" * 10**5]
-)
+@pytest.mark.parametrize("content", ["", "{}", '{"identity": 3}', "[" * 10**5])
 def test_damaged_metadata_is_named(content: str, whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
     (folder / "distillation.json").write_text(content)

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ParallelismConfig
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline
 from helpers.training import (
     QUICK,
     assert_same,
@@ -263,11 +263,6 @@ def test_a_sample_is_drawn_as_often_as_reuse_says() -> None:
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def shares(part: str) -> Any:
-    """Put the student's projection into a component of the pipeline."""
-    return lambda pipe, student, _: getattr(pipe, part).add_module("x", student.final_projection)
-
-
 BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"prompts": []}, "list holds no prompts; expected"),
     ({"eval_prompts": []}, "list holds no prompts"),
@@ -275,21 +270,15 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"student": [None, None]}, "student is a list.*series and examples/joint"),
     ({"student": {"project_out_dim": 48}}, "48"),
     ({"student": {"vocab_size": 1024}}, "vocabulary"),
-    ({"pipeline_kwargs": {"hight": 16}}, "'hight'"),
     ({"trackers": ("mlflow",)}, "trackers: mlflow; expected .* installed"),
     ({"samples_every": 2}, "samples_every needs eval_prompts.*an output_dir"),
     ({"spoil": lambda pipe, student, out: patch_pipeline(pipe, student)}, "shares its weights"),
     ({"spoil": lambda pipe, student, out: (out / "config.json").touch()}, "another run or model"),
     ({"spoil": lambda pipe, student, out: setattr(pipe, "text_encoder_2", None)}, "no teacher"),
     ({"spoil": lambda pipe, student, out: pipe.transformer.half()}, "float16"),
-    ({"spoil": lambda pipe, student, out: student.to("meta")}, "has no weights .*meta device"),
     ({"spoil": lambda pipe, student, out: student.requires_grad_(False)}, "no weights to train"),
-    ({"spoil": shares("vae")}, "some are in the vae of"),
-    ({"spoil": shares("transformer")}, "some are in the transformer of"),
     ({"output_dir": __file__}, "test_train.py.* can't be made a folder: .*exists"),
-    ({"output_dir": f"{__file__}/run"}, "can't be made a folder: .*Not a directory"),
     ({"output_dir": "a\0b"}, "can't be made a folder: .*null"),
-    ({"prompts": {"a", "b"}}, r"got a set.*expected .*sorted\(prompts\)"),
     ({"push_to_hub": "a b", "output_dir": None}, "push_to_hub: 'a b'"),
 ]
 
@@ -312,19 +301,10 @@ def test_bad_input_is_refused_before_anything_happens(
         assert_same(module.state_dict(), before[name])
 
 
-@pytest.mark.parametrize(
-    "pipe, config, message",
-    [
-        (FluxPipeline, None, "expected a.* pipeline.* got the class FluxPipeline"),
-        ("black-forest-labs/FLUX.1-dev", None, "expected a.* pipeline.* got str"),
-        (tiny_flux(), {"max_steps": 3}, r"config is {.*}; expected DistillConfig\(\*\*config\)"),
-        (tiny_flux(), "config.yaml", "config is 'config.yaml'; expected DistillConfig"),
-    ],
-    ids=str,
-)
-def test_other_types_are_refused(pipe: Any, config: Any, message: str) -> None:
-    with pytest.raises(T5SlimError, match=message):
-        train(pipe, tiny_student(tiny_flux()), PROMPTS, config)
+@pytest.mark.parametrize("config", [{"max_steps": 3}, "config.yaml"])
+def test_a_config_of_another_type_is_refused(config: Any) -> None:
+    with pytest.raises(T5SlimError, match=r"config is .*; expected DistillConfig"):
+        train(tiny_flux(), tiny_student(tiny_flux()), PROMPTS, config)
 
 
 @pytest.mark.parametrize("which", ["student", "transformer"])
@@ -367,7 +347,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     "variable, value",
     [
         ("MIXED_PRECISION", "bf16"),
-        ("MIXED_PRECISION", "fp8"),
         ("DYNAMO_BACKEND", "INDUCTOR"),
         ("USE_FSDP", "true"),
         ("USE_PARALLELISM_CONFIG", "true"),

@@ -200,11 +200,8 @@ def test_capture_leaves_the_pipeline_as_it_was() -> None:
     "kwargs, message",
     [
         ({"hight": 16}, "may not hold 'hight'; expected, of FluxPipeline: .*, height, "),
-        ({"prompt": "a cat"}, "may not hold 'prompt'"),
         ({"prompt_embeds": torch.zeros(1)}, "may not hold 'prompt_embeds'"),
         ({"num_images_per_prompt": 2}, "may not hold 'num_images_per_prompt'.* take more seeds"),
-        ({"num_videos_per_prompt": 2}, "may not hold 'num_videos_per_prompt'"),
-        ({1: 2}, "may not hold 1; expected, of FluxPipeline: "),
         ({"height": "16"}, "FluxPipeline failed on a batch of 1.*TypeError"),
     ],
 )
@@ -220,13 +217,10 @@ GRIDS = [[[image(0), image(1)], [image(2), None]]]
     ("name", "prompts", "changes", "message"),
     [
         ("IFImg2ImgPipeline", 2, {"image": torch.rand(2, 3, 16, 16)}, ""),
-        ("IFImg2ImgPipeline", 2, {"image": torch.rand(1, 3, 16, 16)}, "image batch size: 1"),
         ("VisualClozeGenerationPipeline", 1, {"image": GRIDS}, ""),
         ("VisualClozeGenerationPipeline", 1, {"image": GRIDS[0]}, "one for each prompt"),
         ("LTXImageToVideoPipeline", 2, {"image": images(2, 32)}, ""),
         ("LTXImageToVideoPipeline", 2, {"image": image(size=32)}, "one for each prompt"),
-        ("StableDiffusion3Img2ImgPipeline", 2, {"image": image()}, "one for each prompt"),
-        ("WanVACEPipeline", 2, {}, "Passing a list of prompts is not yet supported"),
         ("CogVideoXPipeline", 2, {"num_videos_per_prompt": 2}, "may not hold 'num_videos_per_"),
     ],
 )

@@ -94,9 +94,6 @@ class Thing:
     def __init__(self, **attributes: Any) -> None:
         vars(self).update(attributes)
 
-    def method(self) -> None:
-        pass
-
 
 def contents(file: Path) -> None:
     """Write what values of many kinds are known by in this process."""
@@ -108,7 +105,7 @@ def contents(file: Path) -> None:
         ones, ones.bfloat16(), ones[None], -ones, ones.numpy(), ones.double().numpy(),
         np.float32(1), np.array(["a", None], dtype=object), b"a", b"b", bytearray(b"a"), 1j,
         {1: "a"}, {"1": "a"}, {(1, 2): ones}, {"a", "b", "c"}, {"a", "b", "d"}, Path("a"),
-        Thing(a=1), Thing(a=[image]), Thing(a=(image.rotate(90),)), Thing, Thing.method, contents,
+        Thing(a=1), Thing(a=[image]), Thing(a=(image.rotate(90),)), Thing, contents,
         partial(Thing, a=1), partial(contents, 1), torch.float16, slice(1, 2), {"a": [{"b": ones}]},
     ]  # fmt: skip
     file.write_text(json.dumps([_by_content(value) for value in values]))
