@@ -69,9 +69,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("??/*.safetensors")}
 
 
-# --- what is encoded -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["flux", "sd3", "pixart_sigma"])
 def test_a_prompt_is_encoded_once(name: str, tmp_path: Path) -> None:
     pipe, kwargs, _ = cached(tmp_path, name)
@@ -123,9 +120,6 @@ def test_prompts_of_different_lengths(tmp_path: Path) -> None:
     cache = cache_teacher(pipe, PROMPTS[:3], tmp_path)
     for own, ids in zip(alone, each, strict=True):
         assert torch.equal(cache.get(prompt_keys(ids, None)[0]), own)
-
-
-# --- without T5 ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "pixart_sigma", "stable_audio"])
@@ -213,9 +207,6 @@ def test_a_prompt_that_is_not_cached_is_shown(tmp_path: Path) -> None:
     with pytest.raises(DistillError, match="'green sign', padded to 12"):
         cache_teacher(pipe, [*PROMPTS, "green sign"], tmp_path, pipeline_kwargs=kwargs)
     assert TextSlot(pipe).encoder is None
-
-
-# --- the folder ----------------------------------------------------------------------------------
 
 
 def test_cached_prompts_are_not_encoded_again(tmp_path: Path) -> None:

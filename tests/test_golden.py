@@ -94,8 +94,6 @@ def figures(tensor: torch.Tensor) -> list[float]:
     return [values.abs().sum().item(), values.square().sum().item(), *some.tolist()]
 
 
-# --- losses and gaps -----------------------------------------------------------------------------
-
 SCHEDULE = ("learning_rate", "lr_schedule", "warmup_steps", "ema_decay")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux": ("flux", {}),  # guidance scales are drawn, and embedded
@@ -141,8 +139,6 @@ def test_losses_with_dropout() -> None:
     assert losses == near(LOSSES["flux dropout"])
 
 
-# --- the committed student -----------------------------------------------------------------------
-
 CAPTIONS = [
     "a large triangle, filled, in cyan",
     "at the top a cyan circle and at the bottom a blue cross on a white background",
@@ -176,8 +172,6 @@ def test_velocity_gap_of_the_committed_student() -> None:
     )
     assert measured == near(0.022428834)
 
-
-# --- a patched pipeline, sampled and saved -------------------------------------------------------
 
 LATENTS = [281.30633, 487.17009, -1.8753961, -1.5878464, 0.33103204, -2.3701901, -0.26117826]
 
@@ -219,9 +213,6 @@ def test_files_of_a_saved_patched_pipeline(tmp_path: Path) -> None:
     # Written since, as older readers want it where the output isn't 4096 wide.
     assert configs[0] == configs[1] | {"out_dim": 32}
     assert_same(*tensors)
-
-
-# --- a run that is killed ------------------------------------------------------------------------
 
 
 def start(folder: Path, dies: bool = False) -> tuple[SlimT5Encoder, list[float], int]:

@@ -31,7 +31,19 @@ TARGETS = {
     "class": ["HEAD .*/model_index.json", "GET .*/transformer/.*safetensors"],
     "push": ["POST .*/create", "HEAD .*/README.md", "POST .*/commit/"],
 }
-OF_A_PIPELINE = [401, 403, 404, 429, 500, 503, "close", "reset", "redirect loop", "body cut", "body reset"]
+OF_A_PIPELINE = [
+    401,
+    403,
+    404,
+    429,
+    500,
+    503,
+    "close",
+    "reset",
+    "redirect loop",
+    "body cut",
+    "body reset",
+]
 OF_A_PIPELINE += ["half", "empty", "html", "moves"]  # each loads one twice, in a second
 CASES = [
     (operation, target, fault)

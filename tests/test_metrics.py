@@ -181,7 +181,7 @@ def test_students_without_weights_of_their_own() -> None:
 def test_what_is_no_encoder_for_the_slot(student: Any) -> None:
     pipe = tiny_flux()
     pipe.transformer.forward = None  # whoever calls it, fails
-    with pytest.raises(IncompatibleStudentError, match="a student is a SlimT5Encoder"):
+    with pytest.raises(IncompatibleStudentError, match="expected a SlimT5Encoder"):
         velocity_gap(pipe, student, PROMPTS[:2], pipeline_kwargs=call_kwargs(pipe))
 
 

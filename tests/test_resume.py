@@ -63,10 +63,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 MOMENTUM = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
 
 
-# --- runs that end early -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills: int, whole: Path, tmp_path: Path) -> None:
     spawn(int).join()  # which has loaded everything
     began = time.perf_counter()
@@ -178,9 +175,6 @@ def test_other_settings_resume_exactly(changes: dict[str, Any], tmp_path: Path) 
     assert images[0] == images[1] and len(images[0]) == (2 if "samples_every" in changes else 0)
 
 
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
 def test_damaged_checkpoints_are_named_and_the_one_before_them_used(
     whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -281,14 +275,6 @@ def test_a_checkpoint_that_doesnt_fit_is_named(
     assert_same(student.state_dict(), before)
 
 
-@pytest.mark.parametrize("made", [True, False])
-def test_a_run_that_cant_begin_leaves_no_folder(made: bool, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir() if made else None
-    with pytest.raises(ZeroDivisionError):
-        run(tiny_flux(), output_dir=tmp_path / "run", optimizer=lambda _: 1 / 0)
-    assert (tmp_path / "run").exists() == made
-
-
 @pytest.mark.parametrize("content", ["", "{}", '{"identity": 3}', "[" * 10**5])
 def test_damaged_metadata_is_named(content: str, whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
@@ -313,9 +299,6 @@ def test_a_finished_run_is_given_back_whatever_the_split_of_its_batch(whole: Pat
     result = resumable(whole, pipe, batch_size=2, gradient_accumulation_steps=2)
     assert result.steps == STEPS and len(result.history) == 6
     assert {path: path.read_bytes() for path in whole.rglob("*.safetensors")} == before
-
-
-# --- the identity of a run -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,6 @@ def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
     return {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
 
 
-# --- what is learned -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["pixart_sigma", "stable_audio", "bria"])
 def test_training_closes_the_gap(name: str, caplog: Any) -> None:
     """By copies of the embeddings, through the pipeline, and of prompts without padding."""
@@ -135,9 +132,6 @@ def test_the_seed_decides_and_nothing_that_was_drawn_before() -> None:
     )
     assert_same(one, same)
     assert not all(torch.equal(one[name], other[name]) for name in one)
-
-
-# --- updates -------------------------------------------------------------------------------------
 
 
 def test_a_constant_learning_rate_warms_up_too() -> None:
@@ -260,9 +254,6 @@ def test_a_sample_is_drawn_as_often_as_reuse_says() -> None:
     assert (result.teacher_samples, result.student_samples) == (18 * 4 / 3, 18 * 4)
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
 BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"prompts": []}, "list holds no prompts; expected"),
     ({"eval_prompts": []}, "list holds no prompts"),
@@ -330,9 +321,6 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(tiny_flux(), output_dir="~/run").output_dir == tmp_path / "run"
     SlimT5Encoder.from_pretrained(tmp_path / "run")
-
-
-# --- launches ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
