@@ -175,8 +175,7 @@ class VelocityGap:
             trajectory = capture(pipe, batch, seed=seeds, teacher=self._teacher, **options)
             if decode and len(trajectory.images) != len(batch):
                 raise DistillError(
-                    f"{len(batch)} prompts gave {len(trajectory.images)} images. VelocityGap "
-                    f"measures video and sound without decode."
+                    f"{len(batch)} prompts gave {len(trajectory.images)} images: set decode=False."
                 )
             self.images += trajectory.images
             self._calls = len(trajectory.denoiser_calls)

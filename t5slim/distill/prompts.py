@@ -9,8 +9,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Set, Sized
 from configparser import ConfigParser
+from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -172,6 +173,10 @@ def _read_file(file: str | os.PathLike[str], column: str | None = None) -> list[
         # str.splitlines, this ends no line at form feeds or U+2028, which captions do hold.
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as text:
             return _distinct(iter(partial(text.readline, _LONGEST + 1), ""), path.name)
+    content = path.read_bytes() if path.suffix.lower() in (".json", ".jsonl") else b""
+    for json_text in (content, *content.splitlines()):
+        with suppress(ValueError):  # but no RecursionError: pyarrow would crash the process
+            json.loads(json_text)
     files = glob.escape(path.name)
     return _read_dataset(str(path.absolute().parent), column, limit=None, data_files=files)
 
@@ -233,8 +238,7 @@ def generate_prompts(
         seed: Seed of the draws. The prompts of a lower count are the first of a higher one.
 
     Raises:
-        DistillError: An unknown criterion, a `count` of 0 or above a million, or the function
-            returns no text.
+        DistillError: An unknown criterion, a `count` of 0 or above a million, or no text.
     """
     known = callable(generator) or generator in ("compositional", "text_rendering")
     if not (known and isinstance(count, int) and count <= _LIMIT):
@@ -243,8 +247,7 @@ def generate_prompts(
             f"compositional or text_rendering, and at most {_LIMIT:,} prompts."
         )
     make = generator if callable(generator) else partial(_expand, generator)
-    rng = Random(seed)
-    return _distinct((make(rng) for _ in range(10 * count)), "generator", count)
+    return _distinct(map(make, repeat(Random(seed), 10 * count)), "generator", count)
 
 
 def _expand(symbol: str, rng: Random, used: set[str] | None = None) -> str:

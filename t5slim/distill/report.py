@@ -134,8 +134,8 @@ def run_facts(
         return _by_content(facts)
     except Exception as error:  # of the values' own classes
         raise DistillError(
-            f"pipeline_kwargs holds what can't be told by its content ({error!r}), by which a run "
-            "is known again: pass plain values, tensors, arrays, images, objects of these."
+            f"pipeline_kwargs holds what can't be known again by its content ({error!r}): pass "
+            "plain values, tensors, arrays, images, or objects of these."
         ) from error
 
 

@@ -183,10 +183,9 @@ class TeacherCache:
                     if kind != (*self.like.shape[1:], self.like.dtype):
                         raise DistillError(f"{file} has {kind}, unlike its {_TEACHER_FILE}.")
                     return embeddings
-        except FileNotFoundError:
-            return None
         except (SafetensorError, OSError):
-            pass
+            if not os.path.lexists(file):
+                return None
         logger.warning("%s is damaged: its prompt has to be encoded again.", file)
         with suppress(OSError):  # in a folder that is read only
             file.unlink(missing_ok=True)

@@ -185,8 +185,8 @@ def train(
             batches = reservoir.batches(result.steps, denoiser="velocity" in weights)
             for i, batch in enumerate(batches, start=1):
                 # Dropout, too, is a function of the update, so that no generator needs saving.
-                micro_step = result.steps * groups + i
-                torch.manual_seed((config.seed << 32) + micro_step * processes + place[0])
+                draw = (result.steps * groups + i) * processes + place[0]
+                torch.manual_seed((config.seed << 32) + draw)
                 with accelerator.no_sync(model) if i < groups else nullcontext():
                     loss = objective(encode, batch, weights)
                     state.scaler.scale(loss / groups).backward()

@@ -105,8 +105,8 @@ class Comparison:
         return self.means().map(_number) + spreads
 
     def __repr__(self) -> str:
-        prompts = self.samples["prompt"].nunique()
-        return f"{self.table().to_string()}\n\n±: standard deviation over {prompts} prompts."
+        count = self.samples["prompt"].nunique()
+        return f"{self.table().to_string()}\n\n±: standard deviation over {count} prompts."
 
     def image_grid(self) -> Image.Image:
         """The images of the first seed: a column for each encoder, headed rows for the prompts."""
