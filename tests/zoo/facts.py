@@ -26,8 +26,7 @@ from .cases import CASES
 CPU = torch.device("cpu")
 # Of each class, the tests of diffusers' own (`diffusers_tests.py`) that a student fails and T5
 # passes, and why. What else it takes for a student to pass them: the sizes that its case names.
-VARIANT = "diffusers passes `variant` on where the signature of `save_pretrained` names it"
-NOTES = {name: {"test_serialization_with_variants": VARIANT} for name in CASES}
+NOTES: dict[str, dict[str, str]] = {name: {} for name in CASES}
 
 
 @dataclass(frozen=True)
