@@ -45,7 +45,7 @@ def hub_errors(what: str, *, loading: bool = False) -> Iterator[None]:
     except Exception as error:
         *_, (frame, _) = walk_tb(error.__traceback__)
         # The client stumbles over an answer that isn't a Hub's, with a KeyError or the like.
-        stumbled = frame.f_globals["__name__"].startswith(("huggingface_hub.", "json."))
+        stumbled = str(frame.f_globals.get("__name__")).startswith(("huggingface_hub.", "json."))
         chain: list[Any] = [error]
         while (last := chain[-1]) is not None:  # diffusers doesn't chain its OSErrors by `from`
             context = last.__context__ if isinstance(last, OSError) else None

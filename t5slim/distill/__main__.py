@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
-import tempfile
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import diffusers
@@ -105,9 +106,10 @@ class PipelineArguments:
 
 def load_yaml(text: str) -> Any:
     """Load YAML without aliases: those of aliases can stand for more than fits in memory."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    for number, event in enumerate(yaml.parse(text, loader)):
-        if isinstance(event, yaml.AliasEvent):
+    for number, event in enumerate(yaml.parse(text, yaml.SafeLoader)):
+        value = getattr(event, "value", None) or ""  # for a number, it would be loaded as YAML, too
+        inner = "&" in value and re.search(r"[\[,:-]\s*\*\w", value)
+        if inner or isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
         if number > _MAX_VALUES:
             raise yaml.YAMLError(f"It has over {_MAX_VALUES} values: put prompts in another file.")
@@ -208,9 +210,8 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> s
     update = (last["seconds"] - first["seconds"]) / 2
     share = first["student_samples"] / (config.reuse * (first["teacher_samples"] or math.inf))
     seconds = config.max_steps * (update + share * (first["seconds"] - update))
-    peak = result.peak_memory_gib or math.nan  # which a CPU doesn't count
     return (
-        f"peak memory  {peak:.2f} GiB, before the reservoir fills up\n"
+        f"peak memory  {result.peak_memory_gib or math.nan:.2f} GiB, before the reservoir is full\n"
         f"update       {update:.3g} s; the first, with trajectories, {first['seconds']:.3g} s\n"
         f"run          about {timedelta(seconds=round(seconds))}, and evaluations"
     )
@@ -236,8 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run.eval_prompts = PromptSource(run.eval_prompts).all()
         if run.dry_run:
             run.prompts, run.eval_prompts = PromptSource(run.prompts.all()[:64]), None
-            if run.teacher_cache is not None:
-                run.teacher_cache = stack.enter_context(tempfile.TemporaryDirectory())
+            run.teacher_cache = run.teacher_cache and stack.enter_context(TemporaryDirectory())
 
         if run.teacher_cache is None:
             pipe = run.pipeline.load()

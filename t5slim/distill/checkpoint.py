@@ -138,7 +138,7 @@ class TrainingState:
         plain = map_tensors(state, lambda path, _: {"tensor": ".".join(map(str, path))})
         content = save(tensors, {"state": json.dumps(plain), "identity": json.dumps(identity)})
         step = f"{self.result.steps:08d}"
-        for damaged in _files(folder, f"{step}-*"):  # which wasn't resumed from
+        for damaged in [path for path in _files(folder) if path.name >= step]:  # or another run's
             damaged.unlink()
         write_atomic(folder / f"{step}-{_digest(content)}.safetensors", content)
         for old in _files(folder)[:-keep]:
@@ -199,8 +199,8 @@ def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _files(folder: Path, pattern: str = "[0-9]*") -> list[Path]:
-    return sorted(path for path in folder.glob(pattern) if path.is_file())
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_file())
 
 
 def _layout(tree: Any) -> Any:
@@ -227,7 +227,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         why = "another run is writing into it" if isinstance(error, Timeout) else error
         raise DistillError(f"Can't write into output_dir {str(folder)!r}: {why}.") from error
-    for leftover in (*folder.glob(".t5slim-*"), *folder.glob("*/.t5slim-*")):
+    for leftover in (*folder.glob(".t5slim-*"), *folder.glob("checkpoints/.t5slim-*")):
         shutil.rmtree(leftover, ignore_errors=True)  # of files, such as the lock, none
     try:
         yield

@@ -169,8 +169,8 @@ def run_pipeline(
                 raise
             raise DistillError(
                 f"{type(pipe).__name__} failed on a batch of {len(prompts)}, with pipeline_kwargs "
-                f"{[*pipeline_kwargs]}: {type(error).__name__}: {error}\nOf images, pass one for "
-                "each prompt, as a list, and their number as batch_size."
+                f"{[*pipeline_kwargs]}: {type(error).__name__}: {error}\nIf images are among "
+                "them: pass one for each prompt, as a list, and their number as batch_size."
             ) from error
 
 
@@ -358,5 +358,5 @@ def tensors_in(tree: Any) -> dict[Path, Tensor]:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's content, in hex."""
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(content.numpy().tobytes()).hexdigest()
+    content = tensor.detach().cpu().resolve_conj().resolve_neg().flatten().contiguous()
+    return hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -190,7 +190,7 @@ def _by_content(value: Any) -> Any:
         case bytes() | bytearray():
             return f"{type(value).__name__} {hashlib.sha256(value).hexdigest()}"
         case torch.Tensor():
-            return f"{tensor_sha256(value.resolve_conj())} {value.dtype} {tuple(value.shape)}"
+            return f"{tensor_sha256(value)} {value.dtype} {tuple(value.shape)}"
         case Image.Image():  # whatever file it is from
             palette, clear = bytes(value.getpalette(None) or ()), value.info.get("transparency")
             return _by_content([value.mode, value.size, palette, clear, value.tobytes()])

@@ -184,7 +184,7 @@ class TeacherCache:
                         raise DistillError(f"{file} has {kind}, unlike its {_TEACHER_FILE}.")
                     return embeddings
         except (SafetensorError, OSError):
-            if not os.path.lexists(file):
+            if not os.path.exists(file):
                 return None
         logger.warning("%s is damaged: its prompt has to be encoded again.", file)
         with suppress(OSError):  # in a folder that is read only
