@@ -108,7 +108,7 @@ def test_mistakes_are_named_before_anything_is_loaded(
     ("text", "message"),
     [
         ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
-        ("student: " + "[" * 100_000, "It has over 20000 values"),
+        ("student: " + "[" * 100_000, "maximum nesting depth|over 20000 values"),
         ("student:\n" + "".join(" " * i + "a:\n" for i in range(1, 2000)), "nesting depth|recurs"),
         ("a: \xff", "utf-8"),
         ("{}", "required: pipeline, student, prompts, output_dir"),
