@@ -91,7 +91,11 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "empty": ("a.txt", b"\n \n", r"a\.txt holds no prompts"),
     "comma": ("a.csv", b"prompt\na\nb, c\n", r"a\.csv: .* 1 fields in line 3, saw 2"),
     "no header": ("a.csv", b"a cat\na dog\n", r"columns are .'a cat'.; expected one called prompt"),
-    "deep": ("a.json", b'{"a":' * 20_000 + b"1" + b"}" * 20_000, r"a\.json: RecursionError"),
+    "deep": (
+        "a.json",
+        b'{"a":"["} ' + b'{"a":' * 20_000 + b"1" + b"}" * 20_000,
+        r"over 1,000 deep",
+    ),
     "two columns": ("a.csv", b"prompt,text\na,b\n", r"a\.csv: .*, or its name as `column`"),
 }
 

@@ -9,9 +9,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Set, Sized
 from configparser import ConfigParser
-from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import islice, repeat
+from itertools import accumulate, islice, repeat
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -175,8 +174,9 @@ def _read_file(file: str | os.PathLike[str], column: str | None = None) -> list[
             return _distinct(iter(partial(text.readline, _LONGEST + 1), ""), path.name)
     content = path.read_bytes() if path.suffix.lower() in (".json", ".jsonl") else b""
     for json_text in (content, *content.splitlines()):
-        with suppress(ValueError):  # but no RecursionError: pyarrow would crash the process
-            json.loads(json_text)
+        brackets = re.sub(rb'"(?:\\.|[^"\\])*"|[^][{}]', b"", json_text, flags=re.DOTALL)
+        if max(accumulate(1 if b in b"[{" else -1 for b in brackets), default=0) > 1000:
+            raise DistillError(f"{path.name} is nested over 1,000 deep, which would crash pyarrow.")
     files = glob.escape(path.name)
     return _read_dataset(str(path.absolute().parent), column, limit=None, data_files=files)
 
