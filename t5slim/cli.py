@@ -15,5 +15,4 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=["distill", "evaluate"])
     command = parser.parse_args(sys.argv[1:2]).command
-    # Imported here, as it takes diffusers with it.
-    import_module(f"{__package__}.{command}.__main__").main(sys.argv[2:])
+    import_module(f"{__package__}.{command}.__main__").main(sys.argv[2:])  # loads diffusers

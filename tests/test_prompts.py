@@ -96,6 +96,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         b'{"a":"["} ' + b'{"a":' * 20_000 + b"1" + b"}" * 20_000,
         r"over 1,000 deep",
     ),
+    "null": ("a.json", b"null", r"a\.json is nested .* or a line in it is null"),
     "two columns": ("a.csv", b"prompt,text\na,b\n", r"a\.csv: .*, or its name as `column`"),
 }
 

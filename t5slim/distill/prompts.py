@@ -175,8 +175,9 @@ def _read_file(file: str | os.PathLike[str], column: str | None = None) -> list[
     content = path.read_bytes() if path.suffix.lower() in (".json", ".jsonl") else b""
     for json_text in (content, *content.splitlines()):
         brackets = re.sub(rb'"(?:\\.|[^"\\])*"|[^][{}]', b"", json_text, flags=re.DOTALL)
-        if max(accumulate(1 if b in b"[{" else -1 for b in brackets), default=0) > 1000:
-            raise DistillError(f"{path.name} is nested over 1,000 deep, which would crash pyarrow.")
+        depth = max(accumulate(1 if b in b"[{" else -1 for b in brackets), default=0)
+        if depth > 1000 or re.match(rb"[^\w\[{\"]*null", json_text):  # which would crash pyarrow
+            raise DistillError(f"{path.name} is nested over 1,000 deep, or a line in it is null.")
     files = glob.escape(path.name)
     return _read_dataset(str(path.absolute().parent), column, limit=None, data_files=files)
 
