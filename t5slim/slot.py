@@ -170,13 +170,13 @@ class TextSlot:
                     registry.remove_hook(name, recurse=False)
 
     @contextmanager
-    def offload_paused(self, guest: nn.Module | None = None) -> Iterator[None]:
+    def offload_paused(self, incoming: nn.Module | None = None) -> Iterator[None]:
         """Take off the hooks of model or sequential CPU offload; enable the same offload again.
 
         Else the module that leaves lives on in `pipe._all_hooks`, and the one that comes has no
         hook and never reaches the accelerator.
 
-        After an error or an interrupt, pipeline and `guest` are as they were: what enters the slot.
+        After an error or an interrupt, the pipeline and `incoming`, the new module, are as before.
         """
         pipe, original = self.pipe, self.encoder
         modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -185,9 +185,9 @@ class TextSlot:
             enable = pipe.enable_model_cpu_offload
         elif hasattr(pipe, "_offload_device") and any(hasattr(m, "_hf_hook") for m in modules):
             enable = pipe.enable_sequential_cpu_offload
-        if guest is not None:
-            modules.append(guest)
-            check_weights(guest)
+        if incoming is not None:
+            modules.append(incoming)
+            check_weights(incoming)
         # What a pipeline, a module or its hooks are, is in their attributes and in tensors.
         parts = {part for module in modules for part in module.modules()}
         hooks = [part._diffusers_hook for part in parts if hasattr(part, "_diffusers_hook")]

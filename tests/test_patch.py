@@ -206,21 +206,21 @@ def test_interrupted(offload):
     def unpatch():
         unpatch_pipeline(pipe)
 
-    for change, undo, guest in ((patch, unpatch, student), (unpatch, patch, teacher)):
+    for change, undo, incoming in ((patch, unpatch, student), (unpatch, patch, teacher)):
         calls = interrupted(change)
         undo()
-        if guest is student:  # the one that `patch` takes from now on
-            student = guest = flux_student().train()
+        if incoming is student:  # the one that `patch` takes from now on
+            student = incoming = flux_student().train()
         for nth in range(1, calls, 1 + calls // 60):
-            before, source = (state(pipe), state_of(guest)), t5_of(pipe)
+            before, source = (state(pipe), state_of(incoming)), t5_of(pipe)
             assert interrupted(change, nth) >= nth
-            if t5_of(pipe) is guest:  # in a generator's end, Python ignores it
+            if t5_of(pipe) is incoming:  # in a generator's end, Python ignores it
                 undo()
             else:
-                assert (state(pipe), state_of(guest)) == before and t5_of(pipe) is source, nth
+                assert (state(pipe), state_of(incoming)) == before and t5_of(pipe) is source, nth
         change()
         new = generate(pipe)
-        assert torch.equal(new, old) == (guest is teacher)
+        assert torch.equal(new, old) == (incoming is teacher)
 
 
 @pytest.mark.parametrize("offload", ["none", "model", "group by leaf"])
