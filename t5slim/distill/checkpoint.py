@@ -33,7 +33,7 @@ from ..errors import DistillError
 from ..hub import make_folder, write_atomic
 from .config import DistillConfig
 from .pipeline import evaluating, map_tensors, tensors_in
-from .report import DistillResult
+from .report import CHECKPOINTS, DistillResult
 from .reservoir import TrajectoryReservoir
 
 logger = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         why = "another run is writing into it" if isinstance(error, Timeout) else error
         raise DistillError(f"Can't write into output_dir {str(folder)!r}: {why}.") from error
-    for leftover in (*folder.glob(".t5slim-*"), *folder.glob("checkpoints/.t5slim-*")):
+    for leftover in (*folder.glob(".t5slim-*"), *(folder / CHECKPOINTS).glob(".t5slim-*")):
         shutil.rmtree(leftover, ignore_errors=True)  # of files, such as the lock, none
     try:
         yield
