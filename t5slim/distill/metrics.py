@@ -50,6 +50,21 @@ class GapReport:
         return (self.distances.sum() / self.denominators.sum()).item()
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the gap over other prompts alike: a percentile bootstrap, seeded."""
+        P = len(self.distances)
+        drawn = torch.randint(P, (2000, P), generator=torch.Generator().manual_seed(0))
+        distances, denominators = self.distances.sum(1)[drawn], self.denominators.sum(1)[drawn]
+        gaps = distances.sum(1) / denominators.sum(1)
+        low, high = gaps.nanquantile(gaps.new_tensor([0.025, 0.975])).tolist()
+        return low, high
+
+    @property
+    def median(self) -> float:
+        """The gap of the median prompt, which a few misread ones don't move as they do the gap."""
+        return self.of_prompts.nanmedian().item()
+
+    @property
     def of_prompts(self) -> Tensor:
         """(P,), the gap of each prompt; NaN for an empty one."""
         return self.distances.sum(1) / self.denominators.sum(1)
@@ -58,6 +73,13 @@ class GapReport:
     def of_calls(self) -> Tensor:
         """(C,), the gap at each call; NaN for a call that reads the negative prompt alone."""
         return self.distances.sum(0) / self.denominators.sum(0)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"{self.gap:.4f} (95% interval {low:.4f} to {high:.4f}, median prompt "
+            f"{self.median:.4f}; {len(self.distances)} prompts)"
+        )
 
 
 def velocity_gap(

@@ -76,13 +76,17 @@ class DistillResult:
         """Add an entry for an evaluation, by the names of docs/distill.md, and return it."""
         entry = self.numbers() | {"learning_rate": learning_rate}
         entry = {"step": entry.pop("steps"), "velocity_gap": entry.pop("gap"), **entry}
-        entry["embedding_spread"] = getattr(self.report, "spread", None)
+        if self.report is not None:
+            entry["velocity_gap_low"], entry["velocity_gap_high"] = self.report.interval
+            entry["velocity_gap_median"] = self.report.median
+            entry["embedding_spread"] = self.report.spread
         self.history.append({name: value for name, value in entry.items() if value is not None})
         return self.history[-1]
 
     def __str__(self) -> str:
-        numbers = {name: value for name, value in self.numbers().items() if value is not None}
-        return "\n".join(f"{name:<16}  {round(value, 5)}" for name, value in numbers.items())
+        shown = {name: round(n, 5) for name, n in self.numbers().items() if n is not None}
+        shown |= {"gap": self.report} if self.report else {}
+        return "\n".join(f"{name:<16}  {value}" for name, value in shown.items())
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
@@ -221,13 +225,12 @@ def card_notes(facts: Mapping[str, Any], result: DistillResult, images: Sequence
     """The distillation's part of the model card, in Markdown; `images` lie beside the card."""
     content = json.dumps({**facts, "result": result.numbers()}, indent=2)
     shown = "\n\n".join(f"![{image}]({image})" for image in images)
-    gap = "not measured" if result.gap is None else f"{result.gap:.4f}"
     return f"""\
 ## Distillation
 
 Distilled from the {facts["teacher"]} in a {facts["pipeline"]}.
 
-Velocity gap (0: the teacher, 1: an empty prompt): {gap}.
+Velocity gap (0: the teacher, 1: an empty prompt): {result.report or "not measured"}.
 
 {shown}
 
