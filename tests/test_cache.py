@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import weakref
 from collections.abc import Callable
@@ -290,29 +289,6 @@ def test_the_same_bytes_as_another_tensor_are_not_believed(tmp_path: Path) -> No
         with pytest.raises(DistillError, match=r"unlike its teacher\.json"):
             cache.get(file.stem)
         assert file.exists()
-
-
-CHANGES: list[Any] = ["", "[]", {"width": "32"}, {"width": -1}, {"width": 10**12}]
-CHANGES += [{"dtype": "nn"}, {"dtype": "float16"}, {"name_or_path": 3}]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_damaged_description_is_not_believed(change: Any, tmp_path: Path) -> None:
-    pipe, kwargs, _ = cached(tmp_path)
-    file, before = tmp_path / "teacher.json", contents(tmp_path)
-    facts = json.loads(file.read_text())
-    file.write_text(change if isinstance(change, str) else json.dumps(facts | change))
-    for teacher in (pipe.text_encoder_2, None):
-        pipe.register_modules(text_encoder_2=teacher)
-        with pytest.raises(T5SlimError), cached_teacher(pipe, tmp_path):
-            targets_of(pipe, kwargs, PROMPTS[:1])
-        assert pipe.text_encoder_2 is teacher
-    if isinstance(change, dict):
-        for name in change:
-            file.write_text(json.dumps({key: facts[key] for key in facts if key != name}))
-            with pytest.raises(T5SlimError, match="damaged"):
-                TeacherCache(tmp_path)
-    assert contents(tmp_path) == before
 
 
 def test_folders_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from diffusers import FluxPipeline
+from helpers.training import assert_same
 from safetensors.torch import load_file
 from tiny import PROMPTS, call_kwargs, tiny_flux
 
@@ -133,9 +134,7 @@ def test_folders_of_no_pipeline(file: str, tmp_path: Path, name: str) -> None:
         main(["--config", file, f"--pipeline={tmp_path}"])
 
 
-def test_long_lists_and_paths_from_home(
-    flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_lists_and_home_paths(flux_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "flux").symlink_to(flux_folder)
     (tmp_path / "out").mkdir()
@@ -182,9 +181,7 @@ def test_a_dry_run_leaves_nothing(file: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_a_run_is_saved_and_resumed(
-    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_saved_and_resumed(file: str, tmp_path: Path, capsys: Any) -> None:
     arguments = ["--config", file, "--keep_checkpoints", "1", "--learning_rate", "1e-7"]
     main(arguments)
     printed = capsys.readouterr().out
@@ -197,12 +194,11 @@ def test_a_run_is_saved_and_resumed(
         main(["--config", saved])
     before = weights(out)
     main(["--config", saved, "--resume", "true"])
-    torch.testing.assert_close(weights(out), before, rtol=0, atol=0)
+    assert_same(weights(out), before)
 
 
-def test_with_a_teacher_cache_t5_and_denoiser_never_meet(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_t5_and_denoiser_never_meet(file: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """With a teacher cache."""
     loaded: list[str] = []
     alive: list[weakref.ref[torch.nn.Module]] = []
     load = PipelineArguments.load
@@ -224,9 +220,7 @@ def test_with_a_teacher_cache_t5_and_denoiser_never_meet(
     assert not (tmp_path / "cache").exists()
     main(cached)
     assert loaded[3:] == ["", "text_encoder_2", "transformer"]
-    torch.testing.assert_close(
-        weights(tmp_path / "out"), weights(tmp_path / "plain"), rtol=0, atol=0
-    )
+    assert_same(weights(tmp_path / "out"), weights(tmp_path / "plain"))
     alive.clear()
     main([*cached, "--resume", "true"])
     assert loaded[6:] == ["", "transformer"]  # all is there

@@ -169,6 +169,7 @@ def test_push_to_hub(hub, tmp_path):
     assert card.data.tags == ["mine"]
 
     before = dict(hub.repositories["me/new"].files("main"))
-    with pytest.raises(CheckpointError, match="no weights"):
-        student.to("meta").push_to_hub("me/new", token=TOKEN)
+    student.final_projection.to("meta")
+    with pytest.raises(CheckpointError, match=r"no weights \(it is on the meta device\)"):
+        student.push_to_hub("me/new", token=TOKEN)
     assert hub.repositories["me/new"].files("main") == before

@@ -91,11 +91,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "empty": ("a.txt", b"\n \n", r"a\.txt holds no prompts"),
     "comma": ("a.csv", b"prompt\na\nb, c\n", r"a\.csv: .* 1 fields in line 3, saw 2"),
     "no header": ("a.csv", b"a cat\na dog\n", r"columns are .'a cat'.; expected one called prompt"),
-    "deep": (
-        "a.json",
-        b'{"a":"["} ' + b'{"a":' * 20_000 + b"1" + b"}" * 20_000,
-        r"over 1,000 deep",
-    ),
+    "deep": ("a.json", b'{"a":"["} ' + b'{"a":' * 20_000 + b"}" * 20_000, r"over 1,000 deep"),
     "null": ("a.json", b"null", r"a\.json is nested .* or a line in it is null"),
     "two columns": ("a.csv", b"prompt,text\na,b\n", r"a\.csv: .*, or its name as `column`"),
 }
@@ -130,6 +126,7 @@ def failing() -> Iterator[str]:
     raise ConnectionError("the line broke")
 
 
+OF_A_TABLE = r"expected a list .of a table, table\['caption'\]"
 WRONG: list[tuple[Any, str]] = [
     ("a red circle", "is no such file; expected a list of prompts"),
     ("a\0b", "is no such file"),
@@ -142,12 +139,9 @@ WRONG: list[tuple[Any, str]] = [
     (mixture((mixture(), 1)), r"Got weights \[\]"),
     (["a", "\ud83d"], r"list, prompt 2: '\\ud83d'; expected text, in UTF-8"),
     ({"a", "b"}, r"got a set.*expected a list .*; of a set, sorted\(prompts\)"),
-    (
-        ROWS.to_iterable_dataset(),
-        r"got a IterableDataset.*expected a list .of a table, table\['caption'",
-    ),
-    (ROWS.to_pandas(), r"got a DataFrame.*expected a list .of a table, table\['caption'\]"),
-    (pyarrow.table({"a": ["b"]}), r"got a Table.*expected a list .of a table, table\['caption'\]"),
+    (ROWS.to_iterable_dataset(), f"got a IterableDataset.*{OF_A_TABLE}"),
+    (ROWS.to_pandas(), f"got a DataFrame.*{OF_A_TABLE}"),
+    (pyarrow.table({"a": ["b"]}), f"got a Table.*{OF_A_TABLE}"),
     ({"caption": PROMPTS}, r"keyword argument 'caption'.*of a table, table\['caption'\]"),
     (pandas.Series(["a", None]), "list, prompt 2: nan; expected text"),
     (failing(), "generator object failing.*the line broke.*expected"),

@@ -142,9 +142,7 @@ class LeaksIntoPooled(FluxPipeline):
         (LeaksIntoPooled, "pooled_projections depends on T5's output"),
     ],
 )
-def test_a_pipeline_that_changes_the_embeddings_is_detected(
-    cls: type[FluxPipeline], reason: str
-) -> None:
+def test_changed_embeddings_are_detected(cls: type[FluxPipeline], reason: str) -> None:
     pipe = cls(**tiny_flux().components)
     layouts: dict[Any, Any] = {}
     for _ in range(2):  # found out, then known
@@ -224,9 +222,7 @@ GRIDS = [[[image(0), image(1)], [image(2), None]]]
         ("CogVideoXPipeline", 2, {"num_videos_per_prompt": 2}, "may not hold 'num_videos_per_"),
     ],
 )
-def test_images_go_with_prompts(
-    name: str, prompts: int, changes: dict[str, Any], message: str
-) -> None:
+def test_images_go_with_prompts(name: str, prompts: int, changes: Any, message: str) -> None:
     case = CASES[name]
     pipe, settings = case.pipe(), {"max_steps": 1, "batch_size": prompts}
     arguments: Any = {"prompts": PROMPTS[:prompts], "pipeline_kwargs": case.call() | changes}

@@ -13,7 +13,6 @@ from sizes import MAX_TOKENS, T5_VOCAB
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux
 
 from t5slim import patch_pipeline, unpatch_pipeline
-from t5slim.evaluate import compare
 from t5slim.slot import TextSlot
 
 
@@ -109,9 +108,3 @@ t5slim.unpatch_pipeline(pipe)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "of this FluxPipeline wasn't kept" in done.stderr
-
-
-def test_it_is_compared_as_any_student(encoder):
-    kwargs = {"pipeline_kwargs": call_kwargs(pipe := tiny_flux())}
-    seen = compare(pipe, {"table": encoder}, PROMPTS[:2], distances={}, **kwargs)
-    assert seen.means()["velocity_gap"]["table"] > 0

@@ -88,9 +88,10 @@ def shard_indexes(folder: Path, t5: bool = False) -> Kind:
         loaded = (model or SlimT5Encoder.from_t5(folder, OUT_DIM).encoder).state_dict()
         assert_same({name: loaded[name] for name in true}, true)
 
-    values = ["../decoy.safetensors", str(outside), "decoy.bin", "config.json", ".", "", "\0"]
-    values += ["x/../../decoy.safetensors", "no.safetensors", index.name, *places.values()]
-    known = [Edit("set", 4, value) for value in values[:10]]
+    values = ["../decoy.safetensors", str(outside), "decoy.bin", "config.json", ".", "", "\0", 1]
+    values += ["..\\decoy.safetensors", "x/../../decoy.safetensors", "no.safetensors", index.name]
+    values += places.values()
+    known = [Edit("set", 4, value) for value in values[:12]]
     known += [Edit("set", 0, {}), Edit("delete", 1), Edit("delete", 2), Edit("set", 2, [])]
     return (lambda _: [load], known, "metadata weight_map", values, [index.name])
 
@@ -190,7 +191,9 @@ def caches(folder: Path) -> Kind:
 
     calls = [*(partial(encode, pipe) for pipe in pipes), *(partial(get, key) for key in true)]
     known = [Edit(what, file=file) for what in ("swap", "folder") for file in (2, 7)]
-    known += [Edit("set", 4, "float64", file=7), Edit("set", 0, {}, file=7)]
+    changes = [(0, {}), (0, []), (1, "32"), (1, -1), (1, 10**12), (3, 3), (4, "nn"), (4, "float64")]
+    known += [Edit("set", place, value, file=7) for place, value in changes]
+    known += [Edit("delete", place, file=7) for place in (1, 3, 4)]
     return (lambda _: calls, known, "sha256 dtype width", ["float64", 8], ())
 
 

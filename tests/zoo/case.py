@@ -11,7 +11,6 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
-from packaging.version import Version
 from PIL import Image
 from tiny import PROMPTS, call_kwargs, tiny
 
@@ -63,7 +62,6 @@ class Case:
             or which.
         attributes: set on the pipeline, for lengths that aren't in its components' configs.
         student: sizes of the student, where the pipeline asks for more than its width.
-        since: the version of diffusers from which the pipeline works beside transformers 5.
     """
 
     name: str
@@ -74,19 +72,14 @@ class Case:
     prompts: int | tuple[str, ...] = 2
     attributes: Mapping[str, Any] = field(default_factory=dict)
     student: Mapping[str, int] = field(default_factory=dict)
-    since: str = "0"
 
     @property
-    def cls(self) -> type[DiffusionPipeline] | None:
-        """None where this version of diffusers doesn't have it, or not one that works."""
-        if Version(diffusers.__version__) < Version(self.since):
-            return None
+    def cls(self) -> type[DiffusionPipeline]:
         if self.name == "ConsisIDPipeline":  # diffusers gives it out only where OpenCV is
             return ConsisIDPipeline
-        return getattr(diffusers, self.name, None)
+        return getattr(diffusers, self.name)
 
     def pipe(self) -> Any:
-        assert self.cls is not None
         pipe = tiny(self.cls, **self.components)
         for name, value in self.attributes.items():
             setattr(pipe, name, value)
@@ -99,7 +92,6 @@ class Case:
 
     def call(self) -> dict[str, Any]:
         """Arguments of a call of 2 steps beside prompt, generator and output_type."""
-        assert self.cls is not None
         takes = inspect.signature(self.cls.__call__).parameters
         inputs = {name: value for name, value in INPUTS.items() if name in takes}
         call = call_kwargs(self.cls, steps=2) | inputs | self.changes

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-from diffusers import CogVideoXDDIMScheduler
+from diffusers import CogVideoXDDIMScheduler, LTXEulerAncestralRFScheduler
 from sizes import levels
 from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
@@ -240,7 +239,7 @@ VIDEO = [
     Case("LTXConditionPipeline", changes={"video": None}),
     Case(
         "LTXI2VLongMultiPromptPipeline",
-        {"scheduler": getattr(diffusers, "LTXEulerAncestralRFScheduler", None)},
+        {"scheduler": LTXEulerAncestralRFScheduler},
         # A window of the video for each prompt.
         {"num_frames": 33, "temporal_tile_size": 24, "temporal_overlap": 8},
         fallback="one tensor of T5's embeddings serves the whole batch",
@@ -267,7 +266,6 @@ AUDIO = [
         {"vae": {"in_channels": 1, "out_channels": 1}},
         {"audio_length_in_s": 0.004},
         fallback="encoder_hidden_states depends on T5's output",
-        since="0.42",  # 0.37 asks the GPT2 for a method that transformers 5.4 doesn't have
     ),
 ]
 

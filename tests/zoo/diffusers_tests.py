@@ -4,9 +4,9 @@ DIFFUSERS_TESTS=~/diffusers python tests/zoo/diffusers_tests.py [-k "Flux or LTX
 
 `DIFFUSERS_TESTS` is a checkout of diffusers, best of the installed version; options go to pytest.
 In each of its tiny pipelines, a tiny student takes the place of T5. What fails runs again with T5:
-if it fails then, too, it isn't the student's, and ends as an expected failure (`-rx` says why), as
-what `facts.NOTES` names has to. Where the Hub can't be reached, or with HF_HUB_OFFLINE=1, tiny
-tokenizers stand in for those of hf-internal-testing.
+if it fails then, too, it isn't the student's, and ends as an expected failure (`-rx` says why).
+Where the Hub can't be reached, or with HF_HUB_OFFLINE=1, tiny tokenizers stand in for those of
+hf-internal-testing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from tiny import component, tiny_student
 from t5slim import patch_pipeline
 from t5slim.slot import TextSlot
 from zoo import CASES
-from zoo.facts import NOTES
 
 
 def main(options: list[str]) -> int:
@@ -96,9 +95,6 @@ def pipeline_of(tester: Any) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     config.hook.pytest_deselected(items=[item for item in items if not pipeline_of(item.cls)])
     items[:] = [item for item in items if pipeline_of(item.cls)]
-    for item in items:
-        if why := NOTES[pipeline_of(item.cls)].get(item.name):
-            item.add_marker(pytest.mark.xfail(reason=why, strict=True))
     for tester in {item.cls for item in items}:
         tester.get_dummy_components = patched(tester.get_dummy_components)
 
@@ -131,7 +127,7 @@ def pytest_runtest_protocol(item: Any, nextitem: Any) -> bool:
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
     failed = [report for report in reports if report.failed]
-    if failed and item.name not in NOTES[pipeline_of(item.cls)]:
+    if failed:
         again = True
         t5s = any(r.failed for r in runtestprotocol(item, nextitem=nextitem, log=False))
         again = False

@@ -21,12 +21,8 @@ from t5slim.errors import DistillError
 from t5slim.slot import TextSlot
 
 from .case import Case
-from .cases import CASES
 
 CPU = torch.device("cpu")
-# Of each class, the tests of diffusers' own (`diffusers_tests.py`) that a student fails and T5
-# passes, and why. What else it takes for a student to pass them: the sizes that its case names.
-NOTES: dict[str, dict[str, str]] = {name: {} for name in CASES}
 
 
 @dataclass(frozen=True)
