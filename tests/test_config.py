@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from t5slim.distill import DistillConfig
 from t5slim.errors import ConfigError
@@ -20,7 +22,7 @@ from t5slim.errors import ConfigError
         {"mixed_precision": "fp8"},
         {"objective": "images"},
         {"objective": {"velocity": 0}},
-        {"annealing": 1.5},
+        {"embedding_phase": 1.5},
         {"seed": 2**31},
         {"max_steps": 10**9},
         {"max_grad_norm": 10**400},
@@ -43,27 +45,29 @@ def test_numbers_of_numpy_are_taken_as_pythons() -> None:
 def test_the_papers_settings() -> None:
     config = DistillConfig.paper(max_steps=10)
     assert config.max_steps == 10
-    assert (config.learning_rate, config.weight_decay, config.warmup_steps) == (1e-4, 1e-3, 500)
+    (group,) = config.adamw([nn.Parameter(torch.ones(1))]).param_groups
+    assert (group["lr"], group["weight_decay"], config.warmup_steps) == (1e-4, 1e-3, 500)
     assert config.batch_size == 32 and config.reservoir_size == 0 and config.zero_pooled
     assert config.lr_schedule == "constant" and config.ema_decay == 0.0
     assert config.weights_at(0) == config.weights_at(9) == {"velocity": 1}
 
 
 @pytest.mark.parametrize(
-    "settings, step, expected",
+    "settings, with_velocity",
     [
-        ({}, 0, {"velocity": 1, "embedding": 10}),
-        ({}, 125, {"velocity": 1, "embedding": 5}),
-        ({}, 249, {"velocity": 1, "embedding": 0.04}),
-        ({}, 250, {"velocity": 1}),
-        ({"objective": {"velocity": 2, "relational": 3}, "annealing": 0}, 499, [2, 3]),
-        ({"objective": {"embedding": 2, "relational": 3}}, 499, [2, 3]),  # nothing to make room for
-        ({"objective": {"velocity": 2, "relational": 3}, "annealing": 1}, 499, [2, 0.006]),
+        ({}, [50, 66, 82, 98]),
+        ({"embedding_phase": 0.9, "velocity_every": 4}, [90, 94, 98]),
+        ({"embedding_phase": 0.0, "velocity_every": 1}, list(range(100))),
+        ({"embedding_phase": 1.0}, []),
+        ({"objective": {"embedding": 2, "fisher": 3}}, []),
+        ({"objective": "velocity"}, list(range(100))),  # it has nothing to wait for
     ],
 )
-def test_embedding_matching_is_annealed_to_zero(
-    settings: dict[str, Any], step: int, expected: Any
+def test_velocity_waits_for_the_embeddings_and_takes_part_in_some_updates(
+    settings: dict[str, Any], with_velocity: list[int]
 ) -> None:
-    weights = DistillConfig(max_steps=500, **settings).weights_at(step)
-    weights = weights if isinstance(expected, dict) else list(weights.values())
-    assert weights == pytest.approx(expected)
+    config = DistillConfig(max_steps=100, **settings)
+    weights = [config.weights_at(step) for step in range(100)]
+    assert [step for step, of_step in enumerate(weights) if "velocity" in of_step] == with_velocity
+    for of_step in weights:
+        assert of_step | {"velocity": None} == dict(config.objective) | {"velocity": None}

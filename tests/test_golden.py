@@ -30,6 +30,7 @@ from t5slim.distill import DistillConfig, train, velocity_gap
 CONFIG: dict[str, Any] = {
     "max_steps": 20, "batch_size": 4, "reservoir_size": 8, "prompt_dropout": 0.2, "warmup_steps": 0,
     "lr_schedule": "constant", "learning_rate": 5e-4, "ema_decay": 0.0, "eval_every": 1,
+    "embedding_phase": 0.25, "velocity_every": 3,
 }  # fmt: skip
 GOLDEN = Path(__file__).parent / "golden"
 PATCHED = GOLDEN / "patched_flux"  # saved by the code of 0.1.0.dev, before the rebuild
@@ -99,9 +100,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux": ("flux", {}),  # guidance scales are drawn, and embedded
     "sd3": ("sd3", {}),  # classifier-free guidance
     "stable_audio": ("stable_audio", {}),  # through the pipeline: a learned layer behind T5
-    "flux velocity": ("flux", {"objective": "velocity"}),
-    "flux embeddings": ("flux", {"objective": {"embedding": 1, "relational": 0.5}}),
-    "flux consecutive": ("flux", {"objective": "velocity", "reservoir_size": 0}),
+    "flux velocity": ("flux", {"objective": "velocity", "max_grad_norm": 1.0}),
+    "flux embeddings": ("flux", {"objective": "embedding"}),
+    "flux consecutive": (
+        "flux",
+        {"objective": "velocity", "reservoir_size": 0, "max_grad_norm": 1.0},
+    ),
     # Depends on how the decay rises: min(0.999, (1 + update) / (10 + update)), from update 0.
     # May change in the commit that puts another formula in its place, and in no other.
     "flux ema": ("flux", {"ema_decay": 0.999}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +12,10 @@ from helpers.training import quick
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_student
 
 from t5slim.distill import Objective, TrajectoryReservoir
-from t5slim.distill.objective import embedding_loss, relational_loss, velocity_loss
+from t5slim.distill.fisher import fisher_information
+from t5slim.distill.objective import embedding_loss, fisher_loss, velocity_loss
+from t5slim.distill.pipeline import teacher_of
+from t5slim.distill.replay import predictions
 
 
 def test_velocity_loss_is_the_mean_squared_error_of_each_sample() -> None:
@@ -23,32 +28,63 @@ def test_velocity_loss_is_the_mean_squared_error_of_each_sample() -> None:
 
 
 def test_embedding_loss_counts_the_embeddings_of_the_mask() -> None:
-    embeddings = torch.zeros(2, 3, 2, requires_grad=True)
+    embeddings = torch.tensor([[[3.0, 3.0], [0.0, 0.0], [0.0, 0.0]]] * 2, requires_grad=True)
     target = torch.tensor([[[1.0, 1.0], [2.0, 2.0], [9.0, 9.0]]] * 2)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     loss = embedding_loss(embeddings, target, mask)
-    assert loss.tolist() == [2.5, 1.0]
-    torch.testing.assert_close(embedding_loss(embeddings, target), torch.full((2,), 86 / 3))
+    torch.testing.assert_close(loss, torch.tensor([16 / 10, 8 / 2]))
+    torch.testing.assert_close(embedding_loss(embeddings, target), torch.full((2,), 178 / 172))
+    scaled = embedding_loss(embeddings * 0.01, target * 0.01, mask)
+    torch.testing.assert_close(scaled, loss)  # one weight for every teacher
     loss.sum().backward()
     assert embeddings.grad is not None
     assert torch.equal(embeddings.grad.any(-1), mask.bool())
 
 
-def test_relational_loss_compares_the_distances_of_prompts() -> None:
-    # Three prompts of one token: the teacher's are 3, 4 and 5 apart, 4 on average.
-    target = torch.tensor([[[0.0, 0.0]], [[3.0, 0.0]], [[0.0, 4.0]]])
-    loss = relational_loss
-    assert loss(target + 7, target).tolist() == [0, 0, 0]  # only distances count
-    collapsed = torch.ones(3, 1, 2, requires_grad=True)
-    expected = [(9 + 16) / 16 / 2, (9 + 25) / 16 / 2, (16 + 25) / 16 / 2]
-    assert loss(collapsed, target).tolist() == pytest.approx(expected)
-    assert loss(2 * target, target).tolist() == pytest.approx(expected)
-    loss(collapsed, target).sum().backward()
-    assert collapsed.grad is not None and collapsed.grad.isfinite().all()
-    padded = torch.cat([target, torch.randn(3, 1, 2)], 1)
-    mask = torch.tensor([[1, 0]] * 3)
-    assert loss(torch.zeros(3, 2, 2), padded, mask).tolist() == pytest.approx(expected)
-    assert loss(target[:1], target[:1] + 1).tolist() == [0]  # alone
+def test_fisher_loss_weighs_directions_and_counts_the_embeddings_of_the_mask() -> None:
+    fisher = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    target = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+    embeddings = torch.zeros(1, 2, 2)
+    loss = partial(fisher_loss, embeddings, target, fisher=fisher)
+    assert loss().tolist() == [2.0 + 12.0]
+    assert loss(torch.tensor([[1, 0]])).tolist() == [2.0]
+    assert fisher_loss(-target, target, fisher=fisher).tolist() == [4 * 14.0]
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart_sigma", "stable_audio"])
+def test_fisher_loss_is_the_velocity_loss_of_small_errors(name: str) -> None:
+    """On average over tokens, prompts and timesteps; and however the batches are cut."""
+    pipe, generator, cpu = TINY_PIPELINES[name](), torch.Generator().manual_seed(0), "cpu"
+    kwargs, teacher = call_kwargs(pipe), teacher_of(pipe)
+    config = quick(batch_size=4, reservoir_size=8, max_steps=64, prompt_dropout=0.0)
+    reservoir = TrajectoryReservoir(pipe, PROMPTS, config, pipeline_kwargs=kwargs)
+    fisher = fisher_information(pipe, reservoir, config)
+    assert torch.equal(fisher, fisher.T) and bool((torch.linalg.eigvalsh(fisher) > 0).all())
+    if name == "stable_audio":  # prompts, and not samples, are what its batches are made of
+        return
+
+    def embeddings_of(known: dict[int, torch.Tensor], prompts: tuple[int, ...]) -> torch.Tensor:
+        return torch.stack([known[prompt] for prompt in prompts])
+
+    sums = torch.zeros(2)
+    for step in range(64):
+        (batch,) = reservoir.batches(step)
+        target = reservoir.teacher.get(teacher, batch.prompts, torch.device(cpu))
+        _, mask = reservoir.teacher.tokens(batch.prompts, torch.device(cpu))
+        disturbed = target + 1e-2 * torch.randn(target.shape, generator=generator)
+        known = dict(zip(batch.prompts, disturbed, strict=True))
+        disturbed = embeddings_of(known, batch.prompts)  # equal prompts have equal errors
+        with torch.no_grad():
+            (prediction,) = predictions(pipe, [batch], partial(embeddings_of, known))
+        expected = fisher_loss(disturbed, target, mask, fisher=fisher).mean()
+        sums += torch.stack([velocity_loss(prediction, batch.target).mean(), expected])
+    # Not the same: a token of a short prompt counts for more than one of a long prompt.
+    measured, predicted = sums.tolist()
+    assert predicted == pytest.approx(measured, rel=0.4)
+    halves = replace(config, batch_size=2, gradient_accumulation_steps=2)
+    other = TrajectoryReservoir(pipe, PROMPTS, halves, pipeline_kwargs=kwargs)
+    close = {"rtol": 1e-3, "atol": 1e-3 * fisher.max().item()}
+    torch.testing.assert_close(fisher_information(pipe, other, halves), fisher, **close)
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart_sigma", "stable_audio"])
@@ -57,15 +93,15 @@ def test_the_objective_is_the_weighted_sum_of_its_losses(name: str) -> None:
     config = quick(prompt_dropout=0.0)
     student = tiny_student(pipe)
     reservoir = TrajectoryReservoir(pipe, PROMPTS, config, pipeline_kwargs=call_kwargs(pipe))
-    objective = Objective(pipe, reservoir.teacher, config)
+    objective = Objective(pipe, reservoir.teacher, config, torch.eye(32))
     (batch,) = reservoir.batches(0)
 
     def loss(**weights: float) -> Any:
         return objective(student, batch, weights)
 
-    apart = [loss(velocity=1), loss(embedding=1), loss(relational=1)]
+    apart = [loss(velocity=1), loss(embedding=1), loss(fisher=1)]
     assert all(one.dtype == torch.float32 and one > 0 for one in apart)
-    whole = loss(velocity=2, embedding=3, relational=0.5)
+    whole = loss(velocity=2, embedding=3, fisher=0.5)
     torch.testing.assert_close(whole, 2 * apart[0] + 3 * apart[1] + 0.5 * apart[2])
     whole.backward()
     assert all(parameter.grad is not None for parameter in student.parameters())

@@ -153,7 +153,7 @@ def test_a_second_signal_does_what_it_always_does(tmp_path: Path) -> None:
     "changes",
     [
         {"reservoir_size": 0, "lr_schedule": "linear"},
-        {"objective": {"embedding": 1, "relational": 1}, "ema_decay": 0.0},
+        {"objective": {"embedding": 1, "fisher": 1}, "ema_decay": 0.0},
         {"mixed_precision": "fp16", "lr_schedule": "constant"},
         {"batch_size": 2, "gradient_accumulation_steps": 2, "optimizer": MOMENTUM},
         {"eval_every": 4, "checkpoint_every": 3, "eval_prompts": PROMPTS[4:], "samples_every": 5},
@@ -285,7 +285,13 @@ def test_damaged_metadata_is_named(content: str, whole: Path, tmp_path: Path) ->
 
 def test_checkpoints_hold_only_what_is_trained(whole: Path) -> None:
     file = checkpoints(whole)[STEPS]
-    assert {n.split(".")[0] for n in load_file(file)} == {"student", "ema", "optimizer", "losses"}
+    assert {n.split(".")[0] for n in load_file(file)} == {
+        "student",
+        "ema",
+        "optimizer",
+        "losses",
+        "fisher",
+    }
     size = SlimT5Encoder.from_pretrained(whole).num_parameters() * 4
     # Weights, EMA and two moments, with their names: nothing frozen, and no trajectories.
     assert file.stat().st_size < 4 * size + 20_000

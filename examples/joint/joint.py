@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from t5slim import SlimT5Encoder
 from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, train, velocity_gap
+from t5slim.distill.fisher import fisher_information
 from t5slim.distill.pipeline import frozen, teacher_of
 from t5slim.distill.teacher import TeacherEmbeddings
 
@@ -63,13 +64,18 @@ def train_joint(
         TrajectoryReservoir(pipe, prompts, config, pipeline_kwargs=kwargs, teacher=embeddings)
         for pipe, kwargs in zip(pipes, pipeline_kwargs, strict=True)
     ]
-    objectives = [Objective(pipe, embeddings, config) for pipe in pipes]
     learner = Learner(student, config, torch.device(pipes[0]._execution_device))
     with ExitStack() as stack:
         for pipe in pipes:
             stack.enter_context(frozen(pipe, config.gradient_checkpointing))
+        objectives = []
+        for pipe, reservoir in zip(pipes, reservoirs, strict=True):
+            by_fisher = "fisher" in config.objective
+            fisher = fisher_information(pipe, reservoir, config) if by_fisher else None
+            objectives.append(Objective(pipe, embeddings, config, fisher))
         for step in tqdm(range(config.max_steps), "distil"):
-            turn, weights = step % len(pipes), config.weights_at(step)
+            # Turns of so many updates that each pipeline gets its share of those with velocity.
+            turn, weights = step // config.velocity_every % len(pipes), config.weights_at(step)
             (batch,) = reservoirs[turn].batches(step, denoiser="velocity" in weights)
             torch.manual_seed((config.seed << 40) + step + 1)
             learner.update(objectives[turn](student, batch, weights))

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from t5slim import SlimT5Encoder
 from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, VelocityGap, train
+from t5slim.distill.fisher import fisher_information
 from t5slim.distill.pipeline import frozen
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,9 +43,7 @@ class Learner:
         self.student = student.to(device, torch.float32).train()
         self._parameters = list(student.parameters())
         self._max_grad_norm = config.max_grad_norm
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        self._optimizer = config.adamw(self._parameters)
         schedule = config.lr_schedule
         self._scheduler = get_scheduler(
             "constant_with_warmup" if schedule == "constant" else schedule,
@@ -86,8 +85,10 @@ def train_series(
     device = torch.device(pipe._execution_device)
     learners = [Learner(student, config, device) for student in students]
     reservoir = TrajectoryReservoir(pipe, prompts, config, pipeline_kwargs=pipeline_kwargs)
-    objective = Objective(pipe, reservoir.teacher, config)
     with frozen(pipe, config.gradient_checkpointing):
+        by_fisher = "fisher" in config.objective
+        fisher = fisher_information(pipe, reservoir, config) if by_fisher else None
+        objective = Objective(pipe, reservoir.teacher, config, fisher)
         for step in tqdm(range(config.max_steps), "distil"):
             weights = config.weights_at(step)
             (batch,) = reservoir.batches(step, denoiser="velocity" in weights)

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
+from torch.optim import AdamW
 
 from ..errors import ConfigError
 
-OBJECTIVES = ("velocity", "embedding", "relational")
+OBJECTIVES = ("velocity", "fisher", "embedding")
 _DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of `mixed_precision`
 
 
@@ -21,23 +23,23 @@ class DistillConfig:
     """Settings of `train`; every default is meant to be used as it is.
 
     Attributes:
-        objective: The losses: "velocity" compares the denoiser's predictions (`velocity_loss`),
-            "embedding" the token embeddings (`embedding_loss`), without any denoiser pass, and
-            "relational" the distances between the prompts of a batch of two or more
-            (`relational_loss`). A name, or a weighted sum: `{"velocity": 1, "embedding": 10}`.
-        annealing: Share of `max_steps` over which the weights of "embedding" and "relational" fall
-            linearly to zero beside "velocity"; 0: they are constant. By default training begins
-            with embedding matching, annealed to zero: from a random start, velocity alone finds no
-            way for long (docs/log.md).
-        max_steps: Updates of the student.
+        objective: The losses: "velocity" compares the denoiser's predictions (`velocity_loss`); the
+            others need no denoiser pass: "fisher" compares the token embeddings as the denoiser
+            sees them (`fisher_loss`), and "embedding" as they are (`embedding_loss`). A name, or a
+            weighted sum: `{"velocity": 1, "fisher": 1}`.
+        embedding_phase: Share of `max_steps`, at the beginning, in which "velocity" waits for the
+            other losses: a student far from the teacher learns nothing from the denoiser, and an
+            update without it is nearly free. Without other losses, velocity doesn't wait.
+        velocity_every: After that, "velocity" takes part in every n-th update, the others in all.
+        max_steps: Updates of the student, with and without "velocity".
         batch_size: Prompts whose trajectories are sampled together, and samples that go through the
             denoiser together, on one device.
         gradient_accumulation_steps: Such batches to an update, on each device.
         learning_rate: The highest of the schedule.
-        weight_decay: Of AdamW.
         warmup_steps: Updates over which the learning rate rises linearly.
         lr_schedule: After the warm-up, "cosine" or "linear" down to zero, or "constant".
-        max_grad_norm: The student's gradients are clipped to this norm.
+        max_grad_norm: The student's gradients are clipped to this norm. Most are longer than the
+            default, so that each update counts the same: a few long ones would slow AdamW for long.
         reservoir_size: Samples are drawn at random from this many trajectories (of one prompt each,
             over all devices; at least an update's), the oldest replaced as training goes on. 0: the
             paper's order, consecutive updates along the trajectories of one batch.
@@ -69,17 +71,17 @@ class DistillConfig:
     """
 
     objective: str | Mapping[str, float] = field(
-        default_factory=lambda: {"velocity": 1.0, "embedding": 10.0}
+        default_factory=lambda: {"velocity": 1.0, "fisher": 1.0}
     )
-    annealing: float = 0.5
+    embedding_phase: float = 0.5
+    velocity_every: int = 16
     max_steps: int = 10_000
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-4
-    weight_decay: float = 1e-3
     warmup_steps: int = 100
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 0.01
     reservoir_size: int = 256
     reuse: float = 1.0
     guidance_scales: tuple[float, ...] = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
@@ -108,20 +110,23 @@ class DistillConfig:
                     raise ConfigError(f"{name} is {value!r:.100}; expected {expected}.")
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """The losses that count in an update, after annealing.
+        """The losses that take part in an update, with their weights.
 
         Args:
             step: Its number, from 0.
 
         Returns:
-            Their weights by name; none of them is zero.
+            Their weights by name.
         """
         assert isinstance(self.objective, Mapping)
-        share = 1.0
-        if "velocity" in self.objective and self.annealing:
-            share = max(0.0, 1 - step / max(1, round(self.annealing * self.max_steps)))
-        weights = {k: w if k == "velocity" else w * share for k, w in self.objective.items()}
-        return {name: weight for name, weight in weights.items() if weight}
+        since = step - round(self.embedding_phase * self.max_steps)
+        others = {name: w for name, w in self.objective.items() if name != "velocity"}
+        velocity = not others or (since >= 0 and since % self.velocity_every == 0)
+        return dict(self.objective) if velocity else others
+
+    def adamw(self, parameters: list[nn.Parameter]) -> AdamW:
+        """The optimizer by default, with the paper's weight decay."""
+        return AdamW(parameters, self.learning_rate, weight_decay=1e-3, fused=True)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -147,9 +152,9 @@ class DistillConfig:
             "max_steps": 200_000,
             "batch_size": 32,
             "learning_rate": 1e-4,
-            "weight_decay": 1e-3,
             "warmup_steps": 500,
             "lr_schedule": "constant",
+            "max_grad_norm": 1.0,
             "reservoir_size": 0,
             "zero_pooled": True,
             "prompt_dropout": 0.0,
@@ -173,12 +178,15 @@ _CHECKS: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
     (["objective"], _is_objective, f"{', '.join(OBJECTIVES)}, or a mapping of them to weights > 0"),
     (["max_steps"], _integer(1, below=10**8), "a positive integer below 100 million"),
     (["batch_size", "gradient_accumulation_steps"], _integer(1, below=2**16), "from 1 to 65,535"),
-    (["eval_every", "checkpoint_every", "keep_checkpoints"], _integer(1), "a positive integer"),
+    (
+        ["velocity_every", "eval_every", "checkpoint_every", "keep_checkpoints"],
+        _integer(1),
+        "a positive integer",
+    ),
     (["warmup_steps", "reservoir_size", "samples_every"], _integer(0), "an integer of at least 0"),
     (["seed"], _integer(-(2**31)), "an integer of 32 bits"),
     (["learning_rate", "max_grad_norm", "reuse"], _positive, "a number above 0"),
-    (["weight_decay"], _number(0), "a number of at least 0"),
-    (["annealing"], _number(0, 1 + 1e-9), "a number from 0 to 1"),
+    (["embedding_phase"], _number(0, 1 + 1e-9), "a number from 0 to 1"),
     (["prompt_dropout", "ema_decay"], _number(0, 1), "a number from 0 to below 1"),
     (["zero_pooled", "gradient_checkpointing"], lambda v: type(v) is bool, "True or False"),
     (["guidance_scales"], lambda v: type(v) is tuple and all(map(_positive, v)), "numbers above 0"),

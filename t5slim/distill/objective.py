@@ -6,7 +6,7 @@ B samples, T text tokens, D channels of the teacher's embeddings.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,14 +26,24 @@ class Objective:
     Args:
         pipe: The pipeline with the teacher.
         teacher: The embeddings that the batches' prompts are indices of: the reservoir's.
-        config: `objective`, `annealing`, `max_steps` and `mixed_precision`.
+        config: The settings.
+        fisher: (D, D), from `fisher_information`, for the loss of that name.
     """
 
-    def __init__(self, pipe: Any, teacher: TeacherEmbeddings, config: DistillConfig) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        teacher: TeacherEmbeddings,
+        config: DistillConfig,
+        fisher: Tensor | None = None,
+    ) -> None:
         self._pipe = pipe
         self._teacher = teacher
         self._config = config
         self._device = torch.device(pipe._execution_device)
+        self._of_embeddings: dict[str, Callable[..., Tensor]] = {"embedding": embedding_loss}
+        if fisher is not None:
+            self._of_embeddings["fisher"] = partial(fisher_loss, fisher=fisher)
 
     def __call__(
         self, student: Callable[..., Any], batch: Batch, weights: Mapping[str, float]
@@ -60,13 +70,13 @@ class Objective:
             with autocast_denoisers(self._pipe, self._config.autocast_dtype):
                 (prediction,) = predictions(self._pipe, [batch], embeddings_of)
             losses["velocity"] = velocity_loss(prediction, batch.target)
-        if by_embedding := [name for name in weights if name in _OF_EMBEDDINGS]:
+        if by_embedding := [name for name in weights if name in self._of_embeddings]:
             different = tuple(dict.fromkeys(prompts))
             of_sample = [different.index(prompt) for prompt in prompts]
             _, mask = self._teacher.tokens(different, self._device)
             target = self._teacher.get(teacher_of(self._pipe), different, self._device)
             for name in by_embedding:
-                loss = _OF_EMBEDDINGS[name](embeddings_of(different), target, mask)
+                loss = self._of_embeddings[name](embeddings_of(different), target, mask)
                 losses[name] = loss[of_sample]
         return torch.stack([weights[name] * losses[name].mean() for name in weights]).sum()
 
@@ -95,10 +105,12 @@ def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def embedding_loss(
     embeddings: Tensor, target: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Distance of the student's token embeddings and the teacher's: naive distillation.
+    r"""Distance of the student's token embeddings and the teacher's: naive distillation.
 
-    Where the pipeline gives the encoder a mask (PixArt, Chroma), the embeddings of the mask count;
-    where it gives none (FLUX.1, SD3), all of them, as the denoiser then attends to padding, too.
+    $L = \| E_S(p) - E_T(p) \|^2 / \| E_T(p) \|^2$: 0 are the teacher's embeddings, 1 are zeros, for
+    every teacher. Where the pipeline gives the encoder a mask (PixArt, Chroma), the embeddings of
+    the mask count; where it gives none (FLUX.1, SD3), all of them, as the denoiser then attends to
+    padding, too.
 
     Source: Wang et al., CVPR 2025, arXiv 2503.19897, "naive distillation".
 
@@ -108,51 +120,37 @@ def embedding_loss(
         attention_mask: (B, T), 1 for a token that counts, or None: all count.
 
     Returns:
-        (B,) float32, the mean squared error of each sample over its token embeddings.
+        (B,) float32, the squared error of each sample, relative to its target.
     """
-    error_BT = F.mse_loss(embeddings.float(), target.float(), reduction="none").mean(-1)
-    if attention_mask is None:
-        return error_BT.mean(1)
-    mask_BT = attention_mask.to(error_BT)
-    return (error_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
+    error, target = embeddings.float() - target.float(), target.float()
+    if attention_mask is not None:
+        error, target = error * attention_mask[..., None], target * attention_mask[..., None]
+    scale = target.square().sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+    return error.square().sum((1, 2)) / scale
 
 
-def relational_loss(
-    embeddings: Tensor, target: Tensor, attention_mask: Tensor | None = None
+def fisher_loss(
+    embeddings: Tensor,
+    target: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    fisher: Tensor,
 ) -> Tensor:
-    r"""Distances between the prompts of a batch, under the student and under the teacher.
+    r"""Distance of the student's token embeddings and the teacher's, as the denoiser sees it.
 
-    $L_i = \frac{1}{B - 1} \sum_{j \ne i} (d_S(i, j) - d_T(i, j))^2 / \bar d_T^2$, with d the
-    Euclidean distance of two prompts' embeddings and $\bar d_T$ the mean of the teacher's distances
-    in the batch. A student that collapses all prompts into one has a loss of about 1, however small
-    the teacher's embeddings are. Relational distillation (Park et al., CVPR 2019, arXiv 1904.05068,
-    equation 5) divides the student's distances by their own mean; here both are divided by the
-    teacher's, as the student's scale must be right, too.
-
-    Source: Park et al., changed as said.
+    $L = \sum_t d_t^\top F d_t$, with d the difference of two embeddings and F the
+    `fisher_information`: what the differences would add to `velocity_loss` if they were small and
+    each alone, without any denoiser pass. What the denoiser doesn't read costs nothing.
 
     Args:
         embeddings: (B, T, D) any float dtype, the student's output.
         target: (B, T, D), the teacher's.
         attention_mask: (B, T), 1 for a token that counts, or None: all count.
+        fisher: (D, D) float32.
 
     Returns:
-        (B,) float32, the mean squared difference of each sample's distances to the others. Zero if
-        the batch holds one prompt only.
+        (B,) float32, in the unit of `velocity_loss`.
     """
-    B = len(embeddings)
-    d_student, d_teacher = (distances_between(x, attention_mask) for x in (embeddings, target))
-    scale = (d_teacher.sum() / max(1, B * (B - 1))).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((d_student - d_teacher) / scale).square().sum(1) / max(1, B - 1)
-
-
-def distances_between(embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Euclidean distances of prompts: (B, T, D) -> (B, B) float32, zero on the diagonal."""
-    embeddings = embeddings.float()
-    if attention_mask is not None:
-        embeddings = embeddings * attention_mask[..., None].to(embeddings)
-    flat = embeddings.flatten(1)
-    return (flat[:, None] - flat[None]).norm(dim=-1)  # at zero its gradient is 0
-
-
-_OF_EMBEDDINGS = {"embedding": embedding_loss, "relational": relational_loss}
+    difference = embeddings.float() - target.float()
+    of_tokens_BT = (difference @ fisher * difference).sum(-1)
+    return (of_tokens_BT if attention_mask is None else of_tokens_BT * attention_mask).sum(1)

@@ -48,6 +48,8 @@ class TrajectoryReservoir:
         teacher: The teacher's embeddings, for `Objective`.
         teacher_samples: How many samples the denoiser predicted for the teacher, on all processes.
         student_samples: How many it predicted for the student, each of them also backwards.
+        together: The prompts of an update, on all processes.
+        groups: The global sample indices of each batch of an update on this process.
     """
 
     def __init__(
@@ -73,11 +75,11 @@ class TrajectoryReservoir:
         self._takes_guidance = any(getattr(c, "guidance_embeds", False) for c in configs)
         index, self._processes = process
         size, groups = config.batch_size, config.gradient_accumulation_steps
-        self._together = size * groups * self._processes
+        self.together = size * groups * self._processes
         # The global sample indices of each batch: always the same ones share a denoiser call.
         starts = [(group * self._processes + index) * size for group in range(groups)]
-        self._groups = [range(start, start + size) for start in starts]
-        depth = max(1, config.reservoir_size // self._together)
+        self.groups = [range(start, start + size) for start in starts]
+        depth = max(1, config.reservoir_size // self.together)
         self._held: deque[list[list[Call]]] = deque(maxlen=depth)  # rounds of groups of calls
         # The counters, from which everything else follows.
         self._rounds = 0  # of trajectories
@@ -91,18 +93,18 @@ class TrajectoryReservoir:
         With `denoiser=False`, they are prompts and nothing else, and the denoiser isn't called.
         """
         if not denoiser:
-            yield from (self._read(step, group) for group in self._groups)
+            yield from (self._read(step, group) for group in self.groups)
             return
         consecutive = self._config.reservoir_size == 0
         if self._due <= 0 or not self._held:
-            self._held.append([self._captured(self._rounds, group) for group in self._groups])
+            self._held.append([self._captured(self._rounds, group) for group in self.groups])
             self._rounds += 1
             latest = self._held[-1][0]
             self._due += len(latest) if consecutive else self._config.reuse * sum(map(len, latest))
         if consecutive:  # the calls that are due are the last ones
             batches = [calls[-int(self._due)] for calls in self._held[-1]]
         else:
-            batches = [self._drawn(step, group) for group in range(len(self._groups))]
+            batches = [self._drawn(step, group) for group in range(len(self.groups))]
         self._due -= 1 if consecutive else len(batches[0])
         self.student_samples += sum(map(len, batches)) * self._processes
         yield from batches
@@ -117,7 +119,7 @@ class TrajectoryReservoir:
         kind = chosen.signature
         alike = [call for call in calls if isinstance(call, Samples) and call.signature == kind]
         picks: list[tuple[Samples, int]] = []
-        for place, sample in enumerate(self._groups[group]):
+        for place, sample in enumerate(self.groups[group]):
             source = self._random("row", step, sample)
             drawn = source.choice(alike)
             own = [i for i, of_sample in enumerate(drawn.places) if of_sample == place]
@@ -126,7 +128,7 @@ class TrajectoryReservoir:
 
     def _read(self, step: int, group: range) -> list[int]:
         """The prompts of an update, tokenized as the pipeline does it."""
-        prompts = [self._prompt(step * self._together + sample) for sample in group]
+        prompts = [self._prompt(step * self.together + sample) for sample in group]
         if new := [p for p in dict.fromkeys(prompts) if p not in self._tokenized]:
             calls = tokenize(self._pipe, new, self._kwargs)
             indices = [index for ids, mask in calls for index in self.teacher.add(ids, mask)]
@@ -137,7 +139,7 @@ class TrajectoryReservoir:
     def _captured(self, round_: int, group: range) -> list[Call]:
         """The teacher's calls for the prompts of a group in this round, each with all of them."""
         config = self._config
-        draws = [round_ * self._together + sample for sample in group]
+        draws = [round_ * self.together + sample for sample in group]
         kwargs = dict(self._kwargs)
         if self._takes_guidance and (scales := config.guidance_scales):
             kwargs["guidance_scale"] = self._random("guidance", round_).choice(scales)
@@ -175,6 +177,6 @@ class TrajectoryReservoir:
         """
         held = range(max(0, state["_rounds"] - (self._held.maxlen or 0)), state["_rounds"])
         for round_ in [] if finished else tqdm(held, "sample the trajectories again", leave=False):
-            self._held.append([self._captured(round_, group) for group in self._groups])
+            self._held.append([self._captured(round_, group) for group in self.groups])
         for name in self.state():
             setattr(self, name, state[name])

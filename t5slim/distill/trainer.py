@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
@@ -28,6 +28,7 @@ from ..hub import check_no_lora, hub_errors, local_path, model_card, write_atomi
 from . import pipeline, report
 from .checkpoint import TrainingState, interruptible, locked, master_weights
 from .config import DistillConfig
+from .fisher import fisher_information
 from .metrics import VelocityGap, check_student
 from .objective import Objective
 from .prompts import Prompts, PromptSource
@@ -78,7 +79,7 @@ def train(
         push_to_hub: Upload the student in the end, with its model card, to this repository
             (`owner/name`). It is made before the training.
         optimizer: Makes the optimizer of a list of parameters, with a learning rate of its own,
-            which the schedule scales. Default: AdamW with the config's settings.
+            which the schedule scales. Default: `config.adamw`.
 
     Returns:
         The result, whose `student` is the one passed.
@@ -129,11 +130,13 @@ def train(
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         interrupted = stack.enter_context(interruptible())
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        adamw: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optim = optimizer(trained) if optimizer else AdamW(trained, **adamw, fused=True)
+        optim = (optimizer or config.adamw)(trained)
         place = accelerator.process_index, processes
         reservoir = TrajectoryReservoir(pipe, source, config, pipeline_kwargs=kwargs, process=place)
-        objective = Objective(pipe, reservoir.teacher, config)
+        fisher = None
+        if "fisher" in config.objective:
+            fisher = torch.zeros(2 * [student.config.project_out_dim], device=device)
+        objective = Objective(pipe, reservoir.teacher, config, fisher)
         # On every process: a sharded denoiser is called by all of them, or by none.
         measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs) if held_out else None
         sampled = measure.prompts[:4] if measure and config.samples_every else []
@@ -150,11 +153,13 @@ def train(
         teacher_images = sample(pipeline.call_encoder)
         # Not prepared by accelerate, which may compile or cast as an earlier Accelerator said.
         model = DistributedDataParallel(student) if processes > 1 else student
-        state = TrainingState(student, optim, reservoir, config)
+        state = TrainingState(student, optim, reservoir, config, fisher)
         result = state.result
         result.output_dir = folder
         if resume:
             state.restore(checkpoints, facts["identity"], config.max_steps)
+        if fisher is not None and not result.steps:
+            fisher += accelerator.reduce(fisher_information(pipe, reservoir, config), "mean")
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         # Not prepared: accelerate would step it once for each process.
@@ -310,7 +315,7 @@ def _finish(
     if result.gap is not None and not result.gap <= 0.9:  # 1 is that of an empty prompt
         logger.warning(
             f"The student says no more than an empty prompt: its velocity gap is {result.gap:.3f}. "
-            "Try more updates, a longer `annealing`, or SlimT5Encoder.from_t5: see docs/distill.md."
+            "Try more updates or SlimT5Encoder.from_t5: see docs/distill.md."
         )
     if folder is not None:
         student.save_pretrained(folder)

@@ -16,7 +16,7 @@ WIDTHS = (8, 16, 24)
     "changes",
     [
         {"objective": "velocity"},
-        {"objective": {"velocity": 1.0, "relational": 0.1}, "annealing": 0.0},
+        {"embedding_phase": 0.3, "velocity_every": 2},
         {"objective": "embedding", "ema_decay": 0.0, "lr_schedule": "constant"},
         {"objective": DistillConfig().objective, "reservoir_size": 0},
     ],

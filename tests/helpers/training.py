@@ -32,11 +32,11 @@ from t5slim.distill.report import _by_content
 
 QUICK: dict[str, Any] = {
     "max_steps": 3, "batch_size": 4, "reservoir_size": 8, "warmup_steps": 2, "ema_decay": 0.9,
-    "learning_rate": 5e-3, "objective": "velocity",
+    "learning_rate": 5e-3, "objective": "velocity", "velocity_every": 1,
 }  # fmt: skip
 RESUMED: dict[str, Any] = {
     "max_steps": 30, "eval_every": 5, "checkpoint_every": 4, "prompt_dropout": 0.2,
-    "objective": {"velocity": 1, "embedding": 10},
+    "objective": DistillConfig().objective, "embedding_phase": 0.2,
 }  # fmt: skip
 SETTINGS = DistillConfig.__dataclass_fields__
 
