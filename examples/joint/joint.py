@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from t5slim import SlimT5Encoder
 from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, train, velocity_gap
-from t5slim.distill.fisher import fisher_information
+from t5slim.distill.objective import fisher_information
 from t5slim.distill.pipeline import frozen, teacher_of
 from t5slim.distill.teacher import TeacherEmbeddings
 

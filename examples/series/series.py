@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from t5slim import SlimT5Encoder
 from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, VelocityGap, train
-from t5slim.distill.fisher import fisher_information
+from t5slim.distill.objective import fisher_information
 from t5slim.distill.pipeline import frozen
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

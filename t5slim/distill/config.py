@@ -25,8 +25,8 @@ class DistillConfig:
     Attributes:
         objective: The losses: "velocity" compares the denoiser's predictions (`velocity_loss`); the
             others need no denoiser pass: "fisher" compares the token embeddings as the denoiser
-            sees them (`fisher_loss`), and "embedding" as they are (`embedding_loss`). A name, or a
-            weighted sum: `{"velocity": 1, "fisher": 1}`.
+            sees them (by `fisher_information`), and "embedding" as they are (`embedding_loss`). A
+            name, or a weighted sum: `{"velocity": 1, "fisher": 1}`.
         embedding_phase: Share of `max_steps`, at the beginning, in which "velocity" waits for the
             other losses: a student far from the teacher learns nothing from the denoiser, and an
             update without it is nearly free. Without other losses, velocity doesn't wait.
@@ -178,11 +178,8 @@ _CHECKS: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
     (["objective"], _is_objective, f"{', '.join(OBJECTIVES)}, or a mapping of them to weights > 0"),
     (["max_steps"], _integer(1, below=10**8), "a positive integer below 100 million"),
     (["batch_size", "gradient_accumulation_steps"], _integer(1, below=2**16), "from 1 to 65,535"),
-    (
-        ["velocity_every", "eval_every", "checkpoint_every", "keep_checkpoints"],
-        _integer(1),
-        "a positive integer",
-    ),
+    (["velocity_every"], _integer(1, below=2**16), "from 1 to 65,535"),
+    (["eval_every", "checkpoint_every", "keep_checkpoints"], _integer(1), "a positive integer"),
     (["warmup_steps", "reservoir_size", "samples_every"], _integer(0), "an integer of at least 0"),
     (["seed"], _integer(-(2**31)), "an integer of 32 bits"),
     (["learning_rate", "max_grad_norm", "reuse"], _positive, "a number above 0"),

@@ -5,19 +5,24 @@ B samples, T text tokens, D channels of the teacher's embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
 from .config import DistillConfig
 from .pipeline import autocast_denoisers, teacher_of
 from .replay import predictions
-from .reservoir import Batch
+from .reservoir import Batch, TrajectoryReservoir
 from .teacher import TeacherEmbeddings, encode_prompts
+
+_FISHER_SAMPLES = 512
+_DAMPING = 0.01  # of the mean eigenvalue: for directions that no sample showed
 
 
 class Objective:
@@ -41,9 +46,7 @@ class Objective:
         self._teacher = teacher
         self._config = config
         self._device = torch.device(pipe._execution_device)
-        self._of_embeddings: dict[str, Callable[..., Tensor]] = {"embedding": embedding_loss}
-        if fisher is not None:
-            self._of_embeddings["fisher"] = partial(fisher_loss, fisher=fisher)
+        self._metrics = {"embedding": None, "fisher": fisher}
 
     def __call__(
         self, student: Callable[..., Any], batch: Batch, weights: Mapping[str, float]
@@ -61,23 +64,23 @@ class Objective:
 
         @cache  # encoded once, for the prediction and for the losses of embeddings
         def embeddings_of(prompts: tuple[int, ...]) -> Tensor:
-            return encode_prompts(student, self._teacher, prompts, self._device)
+            different = list(dict.fromkeys(prompts))
+            encoded = encode_prompts(student, self._teacher, different, self._device)
+            return encoded[[different.index(prompt) for prompt in prompts]]
 
         losses: dict[str, Tensor] = {}
-        prompts = batch if isinstance(batch, list) else batch.prompts
+        prompts = tuple(batch if isinstance(batch, list) else batch.prompts)
         if "velocity" in weights:
             assert not isinstance(batch, list)
             with autocast_denoisers(self._pipe, self._config.autocast_dtype):
                 (prediction,) = predictions(self._pipe, [batch], embeddings_of)
             losses["velocity"] = velocity_loss(prediction, batch.target)
-        if by_embedding := [name for name in weights if name in self._of_embeddings]:
-            different = tuple(dict.fromkeys(prompts))
-            of_sample = [different.index(prompt) for prompt in prompts]
-            _, mask = self._teacher.tokens(different, self._device)
-            target = self._teacher.get(teacher_of(self._pipe), different, self._device)
+        if by_embedding := [name for name in weights if name in self._metrics]:
+            embeddings = embeddings_of(prompts)
+            _, mask = self._teacher.tokens(prompts, self._device)
+            target = self._teacher.get(teacher_of(self._pipe), prompts, self._device)
             for name in by_embedding:
-                loss = self._of_embeddings[name](embeddings_of(different), target, mask)
-                losses[name] = loss[of_sample]
+                losses[name] = embedding_loss(embeddings, target, mask, self._metrics[name])
         return torch.stack([weights[name] * losses[name].mean() for name in weights]).sum()
 
 
@@ -103,54 +106,78 @@ def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def embedding_loss(
-    embeddings: Tensor, target: Tensor, attention_mask: Tensor | None = None
-) -> Tensor:
-    r"""Distance of the student's token embeddings and the teacher's: naive distillation.
-
-    $L = \| E_S(p) - E_T(p) \|^2 / \| E_T(p) \|^2$: 0 are the teacher's embeddings, 1 are zeros, for
-    every teacher. Where the pipeline gives the encoder a mask (PixArt, Chroma), the embeddings of
-    the mask count; where it gives none (FLUX.1, SD3), all of them, as the denoiser then attends to
-    padding, too.
-
-    Source: Wang et al., CVPR 2025, arXiv 2503.19897, "naive distillation".
-
-    Args:
-        embeddings: (B, T, D) any float dtype, the student's output.
-        target: (B, T, D), the teacher's.
-        attention_mask: (B, T), 1 for a token that counts, or None: all count.
-
-    Returns:
-        (B,) float32, the squared error of each sample, relative to its target.
-    """
-    error, target = embeddings.float() - target.float(), target.float()
-    if attention_mask is not None:
-        error, target = error * attention_mask[..., None], target * attention_mask[..., None]
-    scale = target.square().sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
-    return error.square().sum((1, 2)) / scale
-
-
-def fisher_loss(
     embeddings: Tensor,
     target: Tensor,
     attention_mask: Tensor | None = None,
-    *,
-    fisher: Tensor,
+    fisher: Tensor | None = None,
 ) -> Tensor:
-    r"""Distance of the student's token embeddings and the teacher's, as the denoiser sees it.
+    r"""Distance of the student's token embeddings and the teacher's.
 
-    $L = \sum_t d_t^\top F d_t$, with d the difference of two embeddings and F the
-    `fisher_information`: what the differences would add to `velocity_loss` if they were small and
-    each alone, without any denoiser pass. What the denoiser doesn't read costs nothing.
+    $L = \sum_t d_t^\top F d_t$, with d the difference of two embeddings: with the
+    `fisher_information` F, what the differences would add to `velocity_loss` if they were small and
+    each alone, for no denoiser pass; without, naive distillation, the mean squared error.
+
+    Where the pipeline gives the encoder a mask (PixArt, Chroma), the embeddings of the mask count;
+    where it gives none (FLUX.1, SD3), all of them, as the denoiser then attends to padding, too.
+
+    Source: Wang et al., CVPR 2025, arXiv 2503.19897, "naive distillation"; F is ours.
 
     Args:
         embeddings: (B, T, D) any float dtype, the student's output.
         target: (B, T, D), the teacher's.
         attention_mask: (B, T), 1 for a token that counts, or None: all count.
-        fisher: (D, D) float32.
+        fisher: (D, D) float32, or None.
 
     Returns:
-        (B,) float32, in the unit of `velocity_loss`.
+        (B,) float32: with F, in the unit of `velocity_loss`.
     """
     difference = embeddings.float() - target.float()
-    of_tokens_BT = (difference @ fisher * difference).sum(-1)
-    return (of_tokens_BT if attention_mask is None else of_tokens_BT * attention_mask).sum(1)
+    mask_BT = torch.ones_like(difference[..., 0]) if attention_mask is None else attention_mask
+    if fisher is None:
+        error_BT = difference.square().mean(-1)
+        return (error_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
+    return ((difference @ fisher * difference).sum(-1) * mask_BT).sum(1)
+
+
+def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: DistillConfig) -> Tensor:
+    r"""Measure how much the denoiser's predictions depend on each direction of an embedding.
+
+    $F = E[J^\top J] / n$, with J the Jacobian of a prediction of n elements with respect to the
+    embedding of one token, at the teacher's embeddings along its trajectories: an error d of that
+    embedding adds about $d^\top F d$ to `velocity_loss`. It is the Fisher information of a Gaussian
+    whose mean is the prediction, estimated by the gradients of random projections: with r from
+    N(0, I), $E[J^\top r r^\top J] = J^\top J$. Of 512 samples, or those of a shorter run's updates.
+
+    Args:
+        pipe: The pipeline with the teacher.
+        reservoir: Of this process; new. The trajectories stay in it.
+        config: The settings of both.
+
+    Returns:
+        (D, D) float32 on the pipeline's device, symmetric and positive definite: the share of this
+        process, whose mean over the processes is that of all.
+    """
+    device, teacher = torch.device(pipe._execution_device), reservoir.teacher
+    total, tokens = torch.zeros((), device=device), torch.zeros((), device=device)
+    for step in range(min(math.ceil(_FISHER_SAMPLES / reservoir.together), config.max_steps)):
+        for group, batch in zip(reservoir.groups, reservoir.batches(step), strict=True):
+            assert not isinstance(batch, list)
+            leaves: list[Tensor] = []
+
+            def embeddings_of(prompts: Sequence[int], leaves: list[Tensor] = leaves) -> Tensor:
+                leaves.append(teacher.get(teacher_of(pipe), prompts, device).requires_grad_())
+                return leaves[-1]
+
+            with autocast_denoisers(pipe, config.autocast_dtype):
+                (prediction,) = predictions(pipe, [batch], embeddings_of)
+            # Each sample's own noise, however the samples are spread over batches and processes.
+            seeds = [step * reservoir.together + group[i % len(group)] for i in range(len(batch))]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            noise = randn_tensor(prediction.shape, generators, device, torch.float32)
+            projection = (prediction.float() * noise).sum()
+            for gradient in torch.autograd.grad(projection, leaves):
+                rows = gradient.float().flatten(0, 1)
+                total = total + rows.T @ rows / prediction[0].numel()
+                tokens += rows.any(1).sum()  # without those that a mask hides
+    fisher = total / tokens.clamp(min=1)
+    return fisher + _DAMPING * fisher.diagonal().mean() * torch.eye(len(fisher), device=device)

@@ -210,7 +210,7 @@ def predictions(pipe: Any, calls: Sequence[Call], embeddings_of: EmbeddingsOf) -
         pipe: The pipeline that the calls were captured from.
         calls: From `split_trajectory`, in their order; or a batch of a `TrajectoryReservoir`.
         embeddings_of: Called with prompts by their index in `TeacherEmbeddings`: for each `Samples`
-            with those in it, each once; or for all `TrajectoryCall`s, which one run of the pipeline
+            with those of its samples; or for all `TrajectoryCall`s, which one run of the pipeline
             serves, with those of each encoder call.
 
     Yields:
@@ -223,11 +223,7 @@ def predictions(pipe: Any, calls: Sequence[Call], embeddings_of: EmbeddingsOf) -
         yield from _predict_through_pipeline(pipe, whole, embeddings_of)
     for call in calls:
         if isinstance(call, Samples):
-            different = tuple(dict.fromkeys(call.prompts))
-            embeddings = embeddings_of(different)
-            if len(different) < len(call):  # else they are in the order of the samples
-                embeddings = embeddings[[different.index(prompt) for prompt in call.prompts]]
-            yield predict(pipe, call, embeddings)
+            yield predict(pipe, call, embeddings_of(tuple(call.prompts)))
 
 
 def _predict_through_pipeline(

@@ -28,9 +28,8 @@ from ..hub import check_no_lora, hub_errors, local_path, model_card, write_atomi
 from . import pipeline, report
 from .checkpoint import TrainingState, interruptible, locked, master_weights
 from .config import DistillConfig
-from .fisher import fisher_information
 from .metrics import VelocityGap, check_student
-from .objective import Objective
+from .objective import Objective, fisher_information
 from .prompts import Prompts, PromptSource
 from .reservoir import TrajectoryReservoir
 
