@@ -68,7 +68,6 @@ def test_images_and_gaps_are_those_of_the_users_own_calls(name: str) -> None:
     _, mine, _, again = seen.runs["gap_of_calls"]
     assert mine == pytest.approx(report.of_calls[~report.of_calls.isnan()].tolist())
     assert seen.trajectories == {"mine": pytest.approx(np.mean([mine, again], 0).tolist())}
-    assert seen.runs["spread"][1] == pytest.approx(report.spread, rel=1e-6)
 
     for encoder in ("teacher", "mine"):
         if encoder == "mine":
@@ -87,7 +86,6 @@ def test_a_copy_of_the_teacher_loses_nothing() -> None:
     worse, lower, less = seen.means().loc["mine"]
     assert gap < 1e-8 < 1e-3 < worse and lower < 60 < psnr and less < ssim == pytest.approx(1)
     runs = seen.runs.set_index("encoder")
-    assert runs["spread"]["copy"] == pytest.approx(1, rel=1e-4)
     assert runs["parameters"]["teacher"] == runs["parameters"]["copy"]
     assert runs["encode_ms"]["teacher"] > 0
 

@@ -87,10 +87,11 @@ def test_fisher_loss_is_the_velocity_loss_of_small_errors(name: str) -> None:
 @pytest.mark.parametrize("name", ["flux", "pixart_sigma", "stable_audio"])
 def test_the_objective_is_the_weighted_sum_of_its_losses(name: str) -> None:
     pipe = TINY_PIPELINES[name]()
-    config = quick(prompt_dropout=0.0)
+    losses = {"velocity": 2.0, "embedding": 3.0, "fisher": 0.5}
+    config = quick(prompt_dropout=0.0, objective=losses)
     student = tiny_student(pipe)
     reservoir = TrajectoryReservoir(pipe, PROMPTS, config, pipeline_kwargs=call_kwargs(pipe))
-    objective = Objective(pipe, reservoir.teacher, config, torch.eye(32))
+    objective = Objective(pipe, reservoir, config)
     (batch,) = reservoir.batches(0)
 
     def loss(**weights: float) -> Any:
@@ -98,7 +99,7 @@ def test_the_objective_is_the_weighted_sum_of_its_losses(name: str) -> None:
 
     apart = [loss(velocity=1), loss(embedding=1), loss(fisher=1)]
     assert all(one.dtype == torch.float32 and one > 0 for one in apart)
-    whole = loss(velocity=2, embedding=3, fisher=0.5)
+    whole = loss(**losses)
     torch.testing.assert_close(whole, 2 * apart[0] + 3 * apart[1] + 0.5 * apart[2])
     whole.backward()
     assert all(parameter.grad is not None for parameter in student.parameters())

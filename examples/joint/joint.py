@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from t5slim import SlimT5Encoder
 from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, train, velocity_gap
-from t5slim.distill.objective import fisher_information
 from t5slim.distill.pipeline import frozen, teacher_of
 from t5slim.distill.teacher import TeacherEmbeddings
 
@@ -68,11 +67,10 @@ def train_joint(
     with ExitStack() as stack:
         for pipe in pipes:
             stack.enter_context(frozen(pipe, config.gradient_checkpointing))
-        objectives = []
-        for pipe, reservoir in zip(pipes, reservoirs, strict=True):
-            by_fisher = "fisher" in config.objective
-            fisher = fisher_information(pipe, reservoir, config) if by_fisher else None
-            objectives.append(Objective(pipe, embeddings, config, fisher))
+        objectives = [
+            Objective(pipe, reservoir, config)
+            for pipe, reservoir in zip(pipes, reservoirs, strict=True)
+        ]
         for step in tqdm(range(config.max_steps), "distil"):
             # Turns of so many updates that each pipeline gets its share of those with velocity.
             turn, weights = step // config.velocity_every % len(pipes), config.weights_at(step)

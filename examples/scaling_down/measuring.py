@@ -59,7 +59,7 @@ class Measure:
             # If only these embeddings are the student's, and all others the teacher's.
             "gap_of_tokens": {kind: self.gap(Mixed(self, student, kind)) for kind in TOKENS},
             "error_of_tokens": self._errors(student),
-            "spread": report.spread,
+            "spread": self._spread(student),
             "right": self.right(student),
         }
 
@@ -86,6 +86,13 @@ class Measure:
             kind: (errors[kinds == i].sum() / around[kinds == i].sum()).item()
             for i, kind in enumerate(TOKENS)
         }
+
+    @torch.no_grad()
+    def _spread(self, student: nn.Module) -> float:
+        """Standard deviation of the embeddings between captions, over the teacher's; 0: they have
+        collapsed into one."""
+        of_student, of_teacher = student(self._ids)[0], self.teacher(self._ids)[0]
+        return (of_student.std(0).norm() / of_teacher.std(0).norm()).item()
 
     def kinds(self, input_ids: Tensor) -> Tensor:
         """(B, T), the index in `TOKENS` of each token's kind. A sentence without a colour is idle,

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from t5slim import SlimT5Encoder
 from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, VelocityGap, train
-from t5slim.distill.objective import fisher_information
 from t5slim.distill.pipeline import frozen
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -86,9 +85,7 @@ def train_series(
     learners = [Learner(student, config, device) for student in students]
     reservoir = TrajectoryReservoir(pipe, prompts, config, pipeline_kwargs=pipeline_kwargs)
     with frozen(pipe, config.gradient_checkpointing):
-        by_fisher = "fisher" in config.objective
-        fisher = fisher_information(pipe, reservoir, config) if by_fisher else None
-        objective = Objective(pipe, reservoir.teacher, config, fisher)
+        objective = Objective(pipe, reservoir, config)
         for step in tqdm(range(config.max_steps), "distil"):
             weights = config.weights_at(step)
             (batch,) = reservoir.batches(step, denoiser="velocity" in weights)

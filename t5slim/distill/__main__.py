@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
@@ -28,11 +31,13 @@ from ..errors import ConfigError, DistillError, exit_on_error
 from ..hub import hub_errors, local_path, write_atomic
 from ..slot import TextSlot
 from .config import DistillConfig
-from .pipeline import DENOISERS, check_pipeline_kwargs
+from .pipeline import DENOISERS, check_pipeline_kwargs, tensors_in
 from .prompts import PromptSource, split_held_out
+from .replay import split_trajectory
 from .report import METADATA, check_output_dir
 from .teacher import cache_teacher, cached_teacher
 from .trainer import check_launch, train
+from .trajectory import capture
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Prompts = str | list | dict[str, Any]  # not list[str], which jsonargparse copies for each str
@@ -202,18 +207,28 @@ def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
 
 
 def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> str:
-    """Make three updates of the student, and extrapolate to the run."""
-    trial = replace(config, max_steps=3, eval_every=1, samples_every=0, trackers=())
+    """Make a few updates of each kind, sample trajectories, and extrapolate to the run."""
+    # Four updates without velocity and four with it, on the trajectories of one update.
+    settings: Any = {"max_steps": 8, "embedding_phase": 0.5, "velocity_every": 1, "reuse": 1e9}
+    trial = replace(config, eval_every=1, samples_every=0, trackers=(), **settings)
     result = train(pipe, student, run.prompts, trial, pipeline_kwargs=run.pipeline_kwargs)
-    # The first update captures trajectories, from whose samples the next ones draw.
-    first, last = result.history[0], result.history[-1]
-    update = (last["seconds"] - first["seconds"]) / 2
-    share = first["student_samples"] / (config.reuse * (first["teacher_samples"] or math.inf))
-    seconds = config.max_steps * (update + share * (first["seconds"] - update))
-    return (
-        f"peak memory  {result.peak_memory_gib or math.nan:.2f} GiB, before the reservoir is full\n"
-        f"update       {update:.3g} s; the first, with trajectories, {first['seconds']:.3g} s\n"
-        f"run          about {timedelta(seconds=round(seconds))}, and evaluations"
+    seconds = [b - a for a, b in pairwise([0.0, *(e["seconds"] for e in result.history)])]
+    embedding, velocity = median(seconds[1:4]), median(seconds[5:])
+    batch = run.prompts.all()[: config.batch_size]
+    start = time.perf_counter()
+    calls = split_trajectory(capture(pipe, batch, pipeline_kwargs=run.pipeline_kwargs))
+    sampling = (time.perf_counter() - start) / sum(map(len, calls))  # for each sample
+    storages = [t.untyped_storage() for t in tensors_in([vars(call) for call in calls]).values()]
+    held = sum({s.data_ptr(): s.nbytes() for s in storages}.values()) / len(batch)
+    through = sum("velocity" in config.weights_at(step) for step in range(config.max_steps))
+    drawn = config.batch_size * config.gradient_accumulation_steps / config.reuse
+    total = (config.max_steps - through) * embedding + through * (velocity + drawn * sampling)
+    peak = (result.peak_memory_gib or math.nan) + config.reservoir_size * held / 2**30
+    lines = [f"peak memory  {peak:.2f} GiB"] if result.peak_memory_gib else []
+    lines += [f"update       {embedding:.3g} s by embeddings, {velocity:.3g} s by velocity"]
+    lines += [f"sample       {sampling:.3g} s, of the teacher's trajectories"]
+    return "\n".join(
+        [*lines, f"run          about {timedelta(seconds=round(total))}, and evaluations"]
     )
 
 

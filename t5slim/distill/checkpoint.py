@@ -49,7 +49,6 @@ class TrainingState:
         optimizer: Of its parameters.
         reservoir: That batches are drawn from.
         config: The settings.
-        fisher: For the objective, or None.
 
     Attributes:
         result: Of the run so far.
@@ -66,7 +65,6 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         reservoir: TrajectoryReservoir,
         config: DistillConfig,
-        fisher: Tensor | None,
     ) -> None:
         self.result = DistillResult(student)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
@@ -75,7 +73,7 @@ class TrainingState:
         fp16 = config.mixed_precision == "fp16"
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=fp16)
         self.losses = torch.zeros(2, device=student.device)
-        self._optimizer, self._reservoir, self._fisher = optimizer, reservoir, fisher
+        self._optimizer, self._reservoir = optimizer, reservoir
         self._skipped = 0  # successive ones
 
     def update(self, norm: Tensor) -> bool:
@@ -117,7 +115,6 @@ class TrainingState:
             "ema": self.ema.shadow_params if self.ema else [],
             "scaler": self.scaler.state_dict(),
             "reservoir": self._reservoir.state(),
-            "fisher": self._fisher,
             "result": self.result.numbers(),
             "losses": self.losses,
             "skipped": self._skipped,

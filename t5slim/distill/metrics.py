@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,13 +35,10 @@ class GapReport:
         distances: (P, C) float64, for each of P prompts and C calls the squared distance of the
             predictions under the student and under the teacher. Zero for an empty prompt.
         denominators: (P, C) float64, those of the empty prompt and the teacher.
-        spread: The standard deviation of the student's embeddings between the prompts of a batch,
-            over the teacher's: 0 is a collapse into one. None for a single prompt.
     """
 
     distances: Tensor
     denominators: Tensor
-    spread: float | None = None
 
     @property
     def gap(self) -> float:
@@ -208,20 +204,16 @@ class VelocityGap:
                 "The denoiser predicts the same for these prompts as for an empty one, which the "
                 "gap divides by. Are the prompts empty, or the denoiser untrained?"
             )
-        self._teacher_spread = self._spread(self._of_teacher)
 
     def __call__(self, student: nn.Module) -> float:
         """The gap of a student; its mode (train or eval) is as before when this returns."""
         return self.report(student).gap
 
     def report(self, student: nn.Module) -> GapReport:
-        """The gap of a student by prompt and call, and its spread; its mode is as before."""
+        """The gap of a student by prompt and call; its mode is as before."""
         of_student = partial(encode_prompts, student, self._teacher, device=self._device)
         with evaluating(student):
-            distances, spread = self._distances(of_student), None
-            if self._teacher_spread:
-                spread = math.sqrt(self._spread(of_student) / self._teacher_spread)
-        return GapReport(distances, self._denominators, spread)
+            return GapReport(self._distances(of_student), self._denominators)
 
     @torch.no_grad()
     def _distances(self, embeddings_of: EmbeddingsOf) -> Tensor:
@@ -238,18 +230,6 @@ class VelocityGap:
                 places = batch.first + torch.tensor(call.places)
                 totals[:, i].index_add_(0, places, losses * call.target[0].numel())
         return totals
-
-    @torch.no_grad()
-    def _spread(self, embeddings_of: EmbeddingsOf) -> float:
-        """Sum of squared distances to the mean of a batch, without padding that is masked."""
-        total = 0.0
-        for batch in self._batches:
-            embeddings = embeddings_of(batch.prompts).float()
-            _, mask = self._teacher.tokens(batch.prompts, self._device)
-            weight = torch.ones_like(embeddings[..., :1]) if mask is None else mask[..., None]
-            mean = (embeddings * weight).sum(0) / weight.sum(0).clamp(min=1)
-            total += ((embeddings - mean).square() * weight).sum().item()
-        return total
 
     def _of_teacher(self, indices: tuple[int, ...]) -> Tensor:
         """(B, S, D), the teacher's own."""

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from accelerate.utils import reduce  # type: ignore[import-untyped]
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from .config import DistillConfig
 from .pipeline import autocast_denoisers, teacher_of
 from .replay import predictions
 from .reservoir import Batch, TrajectoryReservoir
-from .teacher import TeacherEmbeddings, encode_prompts
+from .teacher import encode_prompts
 
 _FISHER_SAMPLES = 512
 _DAMPING = 0.01  # of the mean eigenvalue: for directions that no sample showed
@@ -30,23 +31,19 @@ class Objective:
 
     Args:
         pipe: The pipeline with the teacher.
-        teacher: The embeddings that the batches' prompts are indices of: the reservoir's.
-        config: The settings.
-        fisher: (D, D), from `fisher_information`, for the loss of that name.
+        reservoir: That the batches are drawn from; new, as `fisher_information` draws the first.
+        config: The settings of both.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        teacher: TeacherEmbeddings,
-        config: DistillConfig,
-        fisher: Tensor | None = None,
-    ) -> None:
+    def __init__(self, pipe: Any, reservoir: TrajectoryReservoir, config: DistillConfig) -> None:
         self._pipe = pipe
-        self._teacher = teacher
+        self._teacher = reservoir.teacher
         self._config = config
         self._device = torch.device(pipe._execution_device)
-        self._metrics = {"embedding": None, "fisher": fisher}
+        self._metrics: dict[str, Tensor | None] = {"embedding": None}
+        if "fisher" in config.objective:
+            fisher = fisher_information(pipe, reservoir, config)
+            self._metrics["fisher"] = reduce(fisher, "mean")  # of all processes
 
     def __call__(
         self, student: Callable[..., Any], batch: Batch, weights: Mapping[str, float]

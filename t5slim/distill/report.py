@@ -79,7 +79,6 @@ class DistillResult:
         if self.report is not None:
             entry["velocity_gap_low"], entry["velocity_gap_high"] = self.report.interval
             entry["velocity_gap_median"] = self.report.median
-            entry["embedding_spread"] = self.report.spread
         self.history.append({name: value for name, value in entry.items() if value is not None})
         return self.history[-1]
 

@@ -29,7 +29,7 @@ from . import pipeline, report
 from .checkpoint import TrainingState, interruptible, locked, master_weights
 from .config import DistillConfig
 from .metrics import VelocityGap, check_student
-from .objective import Objective, fisher_information
+from .objective import Objective
 from .prompts import Prompts, PromptSource
 from .reservoir import TrajectoryReservoir
 
@@ -132,10 +132,7 @@ def train(
         optim = (optimizer or config.adamw)(trained)
         place = accelerator.process_index, processes
         reservoir = TrajectoryReservoir(pipe, source, config, pipeline_kwargs=kwargs, process=place)
-        fisher = None
-        if "fisher" in config.objective:
-            fisher = torch.zeros(2 * [student.config.project_out_dim], device=device)
-        objective = Objective(pipe, reservoir.teacher, config, fisher)
+        objective = Objective(pipe, reservoir, config)
         # On every process: a sharded denoiser is called by all of them, or by none.
         measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs) if held_out else None
         sampled = measure.prompts[:4] if measure and config.samples_every else []
@@ -152,13 +149,11 @@ def train(
         teacher_images = sample(pipeline.call_encoder)
         # Not prepared by accelerate, which may compile or cast as an earlier Accelerator said.
         model = DistributedDataParallel(student) if processes > 1 else student
-        state = TrainingState(student, optim, reservoir, config, fisher)
+        state = TrainingState(student, optim, reservoir, config)
         result = state.result
         result.output_dir = folder
         if resume:
             state.restore(checkpoints, facts["identity"], config.max_steps)
-        if fisher is not None and not result.steps:
-            fisher += accelerator.reduce(fisher_information(pipe, reservoir, config), "mean")
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         # Not prepared: accelerate would step it once for each process.

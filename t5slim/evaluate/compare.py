@@ -120,7 +120,6 @@ def compare(
                     sample["weight"] = report.denominators.sum(1).numpy()
                     sample["velocity_gap"] = report.of_prompts.numpy()
                     run["gap_of_calls"] = report.of_calls[~report.of_calls.isnan()].tolist()
-                    run["spread"] = report.spread
                     reset_peak_memory(device)
                     encode, images = pipeline.encoded_by(encoder, pipe), []
                     for batch in batches:

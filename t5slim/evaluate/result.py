@@ -24,7 +24,6 @@ LABELS = {
     "velocity_gap": "velocity gap (0: the teacher, 1: an empty prompt) ↓",
     "psnr": "PSNR to the teacher's image, dB ↑",
     "ssim": "SSIM to the teacher's image ↑",
-    "spread": "spread between prompts (1: the teacher's)",
     "parameters": "parameters",
     "weights_mib": "weights in memory, MiB ↓",
     "encode_ms": "encode a prompt, ms ↓",
@@ -45,7 +44,7 @@ class Comparison:
             columns are "encoder", "seed", "prompt", "category" (or None), "image" (PIL), "weight"
             (of its velocity gap in that of several prompts), and its measures; NaN: not known.
         runs: A row for each seed and encoder: "encoder", "gap_of_calls" (the velocity gap at each
-            denoiser call that reads the prompt), "spread", "parameters", "weights_mib",
+            denoiser call that reads the prompt), "parameters", "weights_mib",
             "encode_ms", and "peak_memory_gib"; NaN: not known.
         facts: Conditions of the comparison.
     """
