@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,13 +29,11 @@ from ..errors import ConfigError, DistillError, exit_on_error
 from ..hub import hub_errors, local_path, write_atomic
 from ..slot import TextSlot
 from .config import DistillConfig
-from .pipeline import DENOISERS, check_pipeline_kwargs, tensors_in
+from .pipeline import DENOISERS, check_pipeline_kwargs
 from .prompts import PromptSource, split_held_out
-from .replay import split_trajectory
 from .report import METADATA, check_output_dir
 from .teacher import cache_teacher, cached_teacher
 from .trainer import check_launch, train
-from .trajectory import capture
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Prompts = str | list | dict[str, Any]  # not list[str], which jsonargparse copies for each str
@@ -207,29 +203,23 @@ def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
 
 
 def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> str:
-    """Make a few updates of each kind, sample trajectories, and extrapolate to the run."""
-    # Four updates without velocity and four with it, on the trajectories of one update.
+    """Make four updates without velocity and four with it, and extrapolate to the run."""
+    # All but the fifth are on samples that are there: that one captures trajectories for all.
     settings: Any = {"max_steps": 8, "embedding_phase": 0.5, "velocity_every": 1, "reuse": 1e9}
-    trial = replace(config, eval_every=1, samples_every=0, trackers=(), **settings)
+    settings |= {"objective": {"velocity": 1, "embedding": 1}, "samples_every": 0, "trackers": ()}
+    trial = replace(config, eval_every=1, **settings)
     result = train(pipe, student, run.prompts, trial, pipeline_kwargs=run.pipeline_kwargs)
     seconds = [b - a for a, b in pairwise([0.0, *(e["seconds"] for e in result.history)])]
     embedding, velocity = median(seconds[1:4]), median(seconds[5:])
-    batch = run.prompts.all()[: config.batch_size]
-    start = time.perf_counter()
-    calls = split_trajectory(capture(pipe, batch, pipeline_kwargs=run.pipeline_kwargs))
-    sampling = (time.perf_counter() - start) / sum(map(len, calls))  # for each sample
-    storages = [t.untyped_storage() for t in tensors_in([vars(call) for call in calls]).values()]
-    held = sum({s.data_ptr(): s.nbytes() for s in storages}.values()) / len(batch)
+    captures = result.student_samples / 4 / (config.reuse * result.teacher_samples)
     through = sum("velocity" in config.weights_at(step) for step in range(config.max_steps))
-    drawn = config.batch_size * config.gradient_accumulation_steps / config.reuse
-    total = (config.max_steps - through) * embedding + through * (velocity + drawn * sampling)
-    peak = (result.peak_memory_gib or math.nan) + config.reservoir_size * held / 2**30
-    lines = [f"peak memory  {peak:.2f} GiB"] if result.peak_memory_gib else []
-    lines += [f"update       {embedding:.3g} s by embeddings, {velocity:.3g} s by velocity"]
-    lines += [f"sample       {sampling:.3g} s, of the teacher's trajectories"]
-    return "\n".join(
-        [*lines, f"run          about {timedelta(seconds=round(total))}, and evaluations"]
-    )
+    update = velocity + captures * (seconds[4] - velocity)  # with its share of the trajectories
+    total = (config.max_steps - through) * embedding + through * update
+    peak = result.peak_memory_gib
+    lines = [f"peak memory  {peak:.2f} GiB, before the reservoir is full"] if peak else []
+    lines += [f"update       {embedding:.3g} s, with velocity and its trajectories {update:.3g} s"]
+    lines += [f"run          about {timedelta(seconds=round(total))}, and evaluations"]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

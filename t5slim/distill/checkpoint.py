@@ -93,8 +93,7 @@ class TrainingState:
         if self._skipped == _MAX_SKIPPED:
             raise DistillError(
                 f"The gradients of {_MAX_SKIPPED} successive updates, up to number "
-                f"{self.result.steps + 1}, are not finite. Try a smaller learning_rate, or "
-                "mixed_precision='bf16' instead of 'fp16'."
+                f"{self.result.steps + 1}, are not finite. Try a smaller learning_rate."
             )
         return finite
 

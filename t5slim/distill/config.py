@@ -110,13 +110,10 @@ class DistillConfig:
                     raise ConfigError(f"{name} is {value!r:.100}; expected {expected}.")
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """The losses that take part in an update, with their weights.
+        """The weights of the losses that take part in an update, by name.
 
         Args:
             step: Its number, from 0.
-
-        Returns:
-            Their weights by name.
         """
         assert isinstance(self.objective, Mapping)
         since = step - round(self.embedding_phase * self.max_steps)

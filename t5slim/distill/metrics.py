@@ -50,8 +50,7 @@ class GapReport:
         """The 95% interval of the gap over other prompts alike: a percentile bootstrap, seeded."""
         P = len(self.distances)
         drawn = torch.randint(P, (2000, P), generator=torch.Generator().manual_seed(0))
-        distances, denominators = self.distances.sum(1)[drawn], self.denominators.sum(1)[drawn]
-        gaps = distances.sum(1) / denominators.sum(1)
+        gaps = self.distances.sum(1)[drawn].sum(1) / self.denominators.sum(1)[drawn].sum(1)
         low, high = gaps.nanquantile(gaps.new_tensor([0.025, 0.975])).tolist()
         return low, high
 
@@ -72,10 +71,8 @@ class GapReport:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return (
-            f"{self.gap:.4f} (95% interval {low:.4f} to {high:.4f}, median prompt "
-            f"{self.median:.4f}; {len(self.distances)} prompts)"
-        )
+        prompts = f"{len(self.distances)} prompts, the median {self.median:.4f}"
+        return f"{self.gap:.4f} (95% interval {low:.4f} to {high:.4f}; {prompts})"
 
 
 def velocity_gap(
@@ -191,19 +188,14 @@ class VelocityGap:
         for i, batch in enumerate(tqdm(batches, desc="capture for the velocity gap", leave=False)):
             seeds = [seed] * len(batch) if decode else seed + i
             trajectory = capture(pipe, batch, seed=seeds, teacher=self._teacher, **options)
-            if decode and len(trajectory.images) != len(batch):
-                raise DistillError(
-                    f"{len(batch)} prompts gave {len(trajectory.images)} images: set decode=False."
-                )
+            if decode and (made := len(trajectory.images)) != len(batch):
+                raise DistillError(f"{len(batch)} prompts gave {made} images: set decode=False.")
             self.images += trajectory.images
             self._calls = len(trajectory.denoiser_calls)
             self._batches.append(self._batch(trajectory, i * batch_size))
         self._denominators = self._distances(self._of_empty_prompt)
         if not self._denominators.sum() > 0:
-            raise DistillError(
-                "The denoiser predicts the same for these prompts as for an empty one, which the "
-                "gap divides by. Are the prompts empty, or the denoiser untrained?"
-            )
+            raise DistillError("The denoiser reads nothing of these prompts. Are they empty?")
 
     def __call__(self, student: nn.Module) -> float:
         """The gap of a student; its mode (train or eval) is as before when this returns."""

@@ -46,15 +46,11 @@ def teacher_of(pipe: Any) -> Any:
     """The T5 in the pipeline's text slot; a DistillError without one, or if it is modular."""
     if is_modular(pipe):
         raise DistillError(
-            f"{type(pipe).__name__} is a modular pipeline, any block of which may be left out. "
-            "Build a whole one from its components: FluxPipeline(vae=pipe.vae, ...)."
+            f"{type(pipe).__name__} is a modular pipeline: build a FluxPipeline(vae=pipe.vae, ...)."
         )
     slot = TextSlot(pipe)
     if slot.encoder is None:
-        raise DistillError(
-            f"{slot} is None: there is no teacher to learn from. Load the pipeline with its T5, or "
-            "work within t5slim.distill.cached_teacher(pipe, folder)."
-        )
+        raise DistillError(f"{slot} is None: load it, or see t5slim.distill.cached_teacher.")
     return slot.encoder
 
 

@@ -137,8 +137,7 @@ def run_facts(
         return _by_content(facts)
     except Exception as error:  # of the values' own classes
         raise DistillError(
-            f"pipeline_kwargs holds what can't be known again by its content ({error!r}): pass "
-            "plain values, tensors, arrays, images, or objects of these."
+            f"pipeline_kwargs: expected plain values, tensors, images or objects of them: {error!r}"
         ) from error
 
 
@@ -154,10 +153,7 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> No
     if not there:
         return
     if not resume or METADATA not in there:
-        raise DistillError(
-            f"output_dir {str(folder)!r} holds another run or model ({there[0]}). Pass resume=True "
-            "to go on with it, a new folder, or remove that one."
-        )
+        raise DistillError(f"{folder} holds another run or model: resume=True, or a new folder.")
     try:
         then, now = read_json(path)["identity"], facts["identity"]
         differences = [
@@ -168,10 +164,7 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> No
     except (AttributeError, KeyError, RecursionError) as error:
         raise ConfigError(f"{path} isn't a whole file of a run ({error!r}): remove it.") from error
     if differences:
-        raise DistillError(
-            f"The run in {str(folder)!r} has other settings: {'; '.join(differences)}. Pass those "
-            "that it was started with, or another output_dir."
-        )
+        raise DistillError(f"{folder} holds a run with other settings: {'; '.join(differences)}.")
 
 
 def _by_content(value: Any) -> Any:

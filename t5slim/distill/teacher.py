@@ -159,8 +159,7 @@ class TeacherCache:
             os.fspath(self.teacher["name_or_path"])
         except (AttributeError, ConfigError, KeyError, RuntimeError, TypeError) as error:
             raise DistillError(
-                f"{str(self.folder)!r} holds no cached embeddings, or damaged ones ({error!r}). "
-                "Pass a new folder to t5slim.distill.cache_teacher, and a pipeline with its T5."
+                f"{str(self.folder)!r} holds no cached embeddings ({error!r}): see cache_teacher."
             ) from error
 
     def check(self, teacher: Mapping[str, Any]) -> None:
@@ -230,9 +229,8 @@ class CachedTeacher(PreTrainedModel):
             if (embeddings := self._cache.get(key)) is None:
                 text = self._tokenizer.decode(ids, skip_special_tokens=True)
                 raise DistillError(
-                    f"The prompt {text!r}, padded to {len(ids)} tokens, isn't in {str(folder)!r}. "
-                    "Call t5slim.distill.cache_teacher with all prompts (evaluated ones, too), T5, "
-                    "and the same negative_prompt, guidance_scale and max_sequence_length."
+                    f"The prompt {text!r}, padded to {len(ids)} tokens, isn't in {str(folder)!r}: "
+                    "call t5slim.distill.cache_teacher with all prompts and these pipeline_kwargs."
                 )
             found.append(embeddings)
         return BaseModelOutput(last_hidden_state=torch.stack(found).to(input_ids.device))

@@ -251,8 +251,7 @@ def _check_trainable(pipe: Any, student: Any, config: Any) -> None:
         raise DistillError(f"config is {config!r:.80}; expected DistillConfig(**config).")
     if not isinstance(student, SlimT5Encoder):
         raise DistillError(
-            f"student is a {type(student).__name__}; expected one SlimT5Encoder, compiled in place "
-            "or with an injected LoRA. For several, see examples/series and examples/joint."
+            f"student is a {type(student).__name__}; expected one SlimT5Encoder, compiled in place."
         )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistillError("The student has no weights to train: all are frozen.")
@@ -265,10 +264,7 @@ def _check_trainable(pipe: Any, student: Any, config: Any) -> None:
     half = any(part.dtype == torch.float16 for part in pipeline.denoisers(pipe).values())
     if half and "velocity" in config.objective and config.mixed_precision != "fp16":
         # The gradients of a mean over 100,000 elements are below float16's smallest number, 6e-8.
-        raise DistillError(
-            "Gradients vanish in a denoiser in float16: load the pipeline in bfloat16 or float32, "
-            'or set mixed_precision="fp16", which scales the loss.'
-        )
+        raise DistillError('Gradients vanish in a float16 denoiser: set mixed_precision="fp16".')
 
 
 def check_launch(config: DistillConfig) -> None:
@@ -281,14 +277,15 @@ def check_launch(config: DistillConfig) -> None:
     """
     kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
     allowed = {f"ACCELERATE_USE_{kind}": "false" for kind in kinds}
-    allowed["ACCELERATE_DYNAMO_BACKEND"] = "no"
-    allowed["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
+    allowed |= {
+        "ACCELERATE_DYNAMO_BACKEND": "no",
+        "ACCELERATE_MIXED_PRECISION": config.mixed_precision,
+    }
     for variable, value in allowed.items():
         if (launched := os.environ.get(variable, "no").lower()) not in ("", "no", "false", value):
             raise DistillError(
-                f"{variable}, or accelerate launch, says {launched!r}; expected {value!r}. The "
-                "precision is the config's; to compile, call student.compile(); and the student "
-                "can't be sharded (the denoiser can: see docs/command-line.md)."
+                f"{variable}, or accelerate launch, says {launched!r}; expected {value!r}: the "
+                "precision is the config's, and a student is neither compiled so nor sharded."
             )
 
 
