@@ -45,7 +45,7 @@ def test_numbers_of_numpy_are_taken_as_pythons() -> None:
 def test_the_papers_settings() -> None:
     config = DistillConfig.paper(max_steps=10)
     assert config.max_steps == 10
-    (group,) = config.adamw([nn.Parameter(torch.ones(1))]).param_groups
+    (group,) = config.adamw([nn.Parameter(torch.ones(1))], 768).param_groups
     assert (group["lr"], group["weight_decay"], config.warmup_steps) == (1e-4, 1e-3, 500)
     assert config.batch_size == 32 and config.reservoir_size == 0 and config.zero_pooled
     assert config.lr_schedule == "constant" and config.ema_decay == 0.0

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from paper_procedure import distil
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -44,8 +45,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
-    pipe, batch = load_pipeline(), args.batch_size
-    updates = args.rounds * CALL["num_inference_steps"]
+    updates, seconds = costs(args.rounds, args.repeats, args.batch_size)
+    print("ms for each update")
+    for way, values in seconds.items():
+        print(f"{way:<28}{min(values) / updates * 1000:>8.1f}")
+    own = min(seconds["train, velocity"]) / min(seconds["bare loop"])
+    print(f"the trainer's own cost: {own:.3f} x a bare loop")
+
+
+def costs(rounds: int, repeats: int, batch: int) -> tuple[int, dict[str, list[float]]]:
+    """Updates of a measurement, and the seconds of each way, in turns."""
+    pipe, updates = load_pipeline(), rounds * CALL["num_inference_steps"]
     # New ones for each measurement: none profits from what another has encoded.
     _, prompts = captions(updates * batch // 3 + 1, held_out=False)
     # One, so that evaluations have about the share that they have in a long run, 2 to 3%.
@@ -59,22 +69,19 @@ def main() -> None:
         )  # fmt: skip
 
     ways: dict[str, Callable[[], None]] = {
-        "bare loop": lambda: bare_loop(pipe, prompts[: args.rounds * batch], batch)
+        "bare loop": lambda: bare_loop(pipe, prompts[: rounds * batch], batch),
+        "paper's procedure": lambda: distil(pipe, fresh_student(), prompts, updates, batch),
     }
     ways |= {f"train, {kind}": partial(trained, changes) for kind, changes in KINDS.items()}
     # On a CPU its own seconds: what else runs on the machine only adds to those of the clock.
     clock = time.perf_counter if pipe.device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in tqdm(range(args.repeats), "measuring", unit="turn"):
+    for _ in tqdm(range(repeats), "measuring", unit="turn"):
         for way, measure in ways.items():
             start = clock()
             measure()
             seconds[way].append(clock() - start)
-    print("ms for each update")
-    for way, values in seconds.items():
-        print(f"{way:<28}{min(values) / updates * 1000:>8.1f}")
-    own = min(seconds["train, velocity"]) / min(seconds["bare loop"])
-    print(f"the trainer's own cost: {own:.3f} x a bare loop")
+    return updates, seconds
 
 
 def autocast(device: torch.device) -> torch.autocast:

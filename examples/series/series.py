@@ -42,7 +42,7 @@ class Learner:
         self.student = student.to(device, torch.float32).train()
         self._parameters = list(student.parameters())
         self._max_grad_norm = config.max_grad_norm
-        self._optimizer = config.adamw(self._parameters)
+        self._optimizer = config.adamw(self._parameters, student.config.d_model)
         schedule = config.lr_schedule
         self._scheduler = get_scheduler(
             "constant_with_warmup" if schedule == "constant" else schedule,

@@ -214,8 +214,8 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> s
     captures = result.student_samples / 4 / (config.reuse * result.teacher_samples)
     through = sum("velocity" in config.weights_at(step) for step in range(config.max_steps))
     update = velocity + captures * (seconds[4] - velocity)  # with its share of the trajectories
-    total = (config.max_steps - through) * embedding + through * update
-    peak = result.peak_memory_gib
+    total, peak = through * update, result.peak_memory_gib
+    total += (config.max_steps - through) * embedding
     lines = [f"peak memory  {peak:.2f} GiB, before the reservoir is full"] if peak else []
     lines += [f"update       {embedding:.3g} s, with velocity and its trajectories {update:.3g} s"]
     lines += [f"run          about {timedelta(seconds=round(total))}, and evaluations"]

@@ -35,7 +35,7 @@ class DistillConfig:
         batch_size: Prompts whose trajectories are sampled together, and samples that go through the
             denoiser together, on one device.
         gradient_accumulation_steps: Such batches to an update, on each device.
-        learning_rate: The highest of the schedule.
+        learning_rate: The highest of the schedule; None: 0.128 / d_model, of Flan-T5 base 1.7e-4.
         warmup_steps: Updates over which the learning rate rises linearly.
         lr_schedule: After the warm-up, "cosine" or "linear" down to zero, or "constant".
         max_grad_norm: The student's gradients are clipped to this norm. Most are longer than the
@@ -75,10 +75,10 @@ class DistillConfig:
     )
     embedding_phase: float = 0.5
     velocity_every: int = 16
-    max_steps: int = 10_000
-    batch_size: int = 32
+    max_steps: int = 20_000
+    batch_size: int = 16
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     warmup_steps: int = 100
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: float = 0.01
@@ -121,9 +121,9 @@ class DistillConfig:
         velocity = not others or (since >= 0 and since % self.velocity_every == 0)
         return dict(self.objective) if velocity else others
 
-    def adamw(self, parameters: list[nn.Parameter]) -> AdamW:
-        """The optimizer by default, with the paper's weight decay."""
-        return AdamW(parameters, self.learning_rate, weight_decay=1e-3, fused=True)
+    def adamw(self, parameters: list[nn.Parameter], width: int) -> AdamW:
+        """The optimizer by default, with the paper's weight decay, of a student of this width."""
+        return AdamW(parameters, self.learning_rate or 0.128 / width, weight_decay=1e-3, fused=True)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -179,7 +179,8 @@ _CHECKS: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
     (["eval_every", "checkpoint_every", "keep_checkpoints"], _integer(1), "a positive integer"),
     (["warmup_steps", "reservoir_size", "samples_every"], _integer(0), "an integer of at least 0"),
     (["seed"], _integer(-(2**31)), "an integer of 32 bits"),
-    (["learning_rate", "max_grad_norm", "reuse"], _positive, "a number above 0"),
+    (["max_grad_norm", "reuse"], _positive, "a number above 0"),
+    (["learning_rate"], lambda v: v is None or _positive(v), "a number above 0, or None"),
     (["embedding_phase"], _number(0, 1 + 1e-9), "a number from 0 to 1"),
     (["prompt_dropout", "ema_decay"], _number(0, 1), "a number from 0 to below 1"),
     (["zero_pooled", "gradient_checkpointing"], lambda v: type(v) is bool, "True or False"),

@@ -22,9 +22,6 @@ from .replay import predictions
 from .reservoir import Batch, TrajectoryReservoir
 from .teacher import encode_prompts
 
-_FISHER_SAMPLES = 512
-_DAMPING = 0.01  # of the mean eigenvalue: for directions that no sample showed
-
 
 class Objective:
     """The weighted sum of the losses in `config.objective`, for one pipeline.
@@ -156,7 +153,7 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
     """
     device, teacher = torch.device(pipe._execution_device), reservoir.teacher
     total, tokens = torch.zeros((), device=device), torch.zeros((), device=device)
-    for step in range(min(math.ceil(_FISHER_SAMPLES / reservoir.together), config.max_steps)):
+    for step in range(min(math.ceil(512 / reservoir.together), config.max_steps)):
         for group, batch in zip(reservoir.groups, reservoir.batches(step), strict=True):
             assert not isinstance(batch, list)
             leaves: list[Tensor] = []
@@ -177,4 +174,5 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
                 total = total + rows.T @ rows / prediction[0].numel()
                 tokens += rows.any(1).sum()  # without those that a mask hides
     fisher = total / tokens.clamp(min=1)
-    return fisher + _DAMPING * fisher.diagonal().mean() * torch.eye(len(fisher), device=device)
+    damping = 0.01 * fisher.diagonal().mean()  # for directions that no sample showed
+    return fisher + damping * torch.eye(len(fisher), device=device)

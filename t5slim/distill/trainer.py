@@ -129,7 +129,7 @@ def train(
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         interrupted = stack.enter_context(interruptible())
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        optim = (optimizer or config.adamw)(trained)
+        optim = optimizer(trained) if optimizer else config.adamw(trained, student.config.d_model)
         place = accelerator.process_index, processes
         reservoir = TrajectoryReservoir(pipe, source, config, pipeline_kwargs=kwargs, process=place)
         objective = Objective(pipe, reservoir, config)
