@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = load_pipeline()
     updates = args.passes // (3 * BATCH)  # samples of the teacher; the student's, there and back
-    _, eval_prompts = captions(4, held_out=True, seed=1)
+    _, eval_prompts = captions(33, held_out=True, seed=1)
     scenes, texts = captions(args.count, held_out=True)
     accuracy = {"teacher": judge.accuracy(scenes, generate(pipe, texts))}
     results: dict[str, DistillResult] = {}
@@ -77,6 +77,8 @@ def main() -> None:
     for name, right in accuracy.items():
         print(f"{name:<18}" + "".join(f"{share:>12.1%}" for share in right.values()))
     print()
+    for name, result in results.items():
+        print(f"{name:<18}{result.report}")
     for name in WAYS[:3]:
         if name in results and "defaults" in results:
             print(reach(results["defaults"], results[name], name))
@@ -131,9 +133,9 @@ def way(name: str, updates: int, seed: int) -> Stages:
         case "velocity":
             return [(DistillConfig(objective="velocity", **through), prompts)]
         case "mixture":
-            # At its start, the gradient of velocity is about ten times as long.
             objective = {"velocity": 1, "embedding": 10}
-            return [(DistillConfig(objective=objective, annealing=0.0, **through), prompts)]
+            always = {"embedding_phase": 0.0, "velocity_every": 1}
+            return [(DistillConfig(objective=objective, **always, **through), prompts)]
         case "sequence":
             # The first stage needs no denoiser pass, and comes on top. Together their rates are
             # about the cosine of a single run.
@@ -145,7 +147,9 @@ def way(name: str, updates: int, seed: int) -> Stages:
             longer = {"max_steps": 8 * updates, "eval_every": 8 * updates // POINTS}
             return [(DistillConfig(objective="embedding", **through | longer), prompts)]
         case _:
-            return [(DistillConfig(**through), prompts)]
+            # Of 32 updates, one goes through the denoiser.
+            common |= {"max_steps": 32 * updates, "eval_every": 32 * updates // POINTS}
+            return [(DistillConfig(**common), prompts)]
 
 
 def curve(result: DistillResult, unit: str) -> list[tuple[float, float]]:

@@ -54,7 +54,7 @@ def main() -> None:
     images["student"] = generate(pipe, texts)
 
     pipe = t5slim.unpatch_pipeline(pipe)
-    _, few = captions(min(args.count, 12), held_out=True)
+    _, few = captions(min(args.count, 33), held_out=True)
     gap = velocity_gap(pipe, student, few, pipeline_kwargs=CALL)
 
     table = {
