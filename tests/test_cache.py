@@ -197,7 +197,7 @@ def test_a_prompt_that_is_not_cached_is_shown(tmp_path: Path) -> None:
     with cached_teacher(pipe, tmp_path):
         with pytest.raises(DistillError, match="'a blue square', padded to 12 tokens, isn't in"):
             targets_of(pipe, kwargs, [PROMPTS[0], "a blue square"])
-        with pytest.raises(DistillError, match=r"padded to 8 tokens.*max_sequence_length"):
+        with pytest.raises(DistillError, match=r"padded to 8 tokens.*pipeline_kwargs"):
             targets_of(pipe, kwargs | {"max_sequence_length": 8}, PROMPTS[:1])
         targets_of(pipe, kwargs, ["", PROMPTS[0]])
     # Before a long run, a pipeline without T5 can be checked.

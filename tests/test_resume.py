@@ -285,13 +285,7 @@ def test_damaged_metadata_is_named(content: str, whole: Path, tmp_path: Path) ->
 
 def test_checkpoints_hold_only_what_is_trained(whole: Path) -> None:
     file = checkpoints(whole)[STEPS]
-    assert {n.split(".")[0] for n in load_file(file)} == {
-        "student",
-        "ema",
-        "optimizer",
-        "losses",
-        "fisher",
-    }
+    assert {n.split(".")[0] for n in load_file(file)} == {"student", "ema", "optimizer", "losses"}
     size = SlimT5Encoder.from_pretrained(whole).num_parameters() * 4
     # Weights, EMA and two moments, with their names: nothing frozen, and no trajectories.
     assert file.stat().st_size < 4 * size + 20_000

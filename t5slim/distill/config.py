@@ -81,7 +81,7 @@ class DistillConfig:
     learning_rate: float | None = None
     warmup_steps: int = 100
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    max_grad_norm: float = 0.01
+    max_grad_norm: float = 0.001
     reservoir_size: int = 256
     reuse: float = 1.0
     guidance_scales: tuple[float, ...] = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)

@@ -71,8 +71,7 @@ class GapReport:
 
     def __str__(self) -> str:
         low, high = self.interval
-        prompts = f"{len(self.distances)} prompts, the median {self.median:.4f}"
-        return f"{self.gap:.4f} (95% interval {low:.4f} to {high:.4f}; {prompts})"
+        return f"{self.gap:.4f} (95% interval {low:.4f} to {high:.4f}; median {self.median:.4f})"
 
 
 def velocity_gap(

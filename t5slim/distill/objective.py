@@ -140,7 +140,8 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
     embedding of one token, at the teacher's embeddings along its trajectories: an error d of that
     embedding adds about $d^\top F d$ to `velocity_loss`. It is the Fisher information of a Gaussian
     whose mean is the prediction, estimated by the gradients of random projections: with r from
-    N(0, I), $E[J^\top r r^\top J] = J^\top J$. Of 512 samples, or those of a shorter run's updates.
+    N(0, I), $E[J^\top r r^\top J] = J^\top J$. Of 512 samples, or a shorter run's; 1% of its mean
+    eigenvalue is added, for directions that none of them showed.
 
     Args:
         pipe: The pipeline with the teacher.
@@ -168,11 +169,9 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
             seeds = [step * reservoir.together + group[i % len(group)] for i in range(len(batch))]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             noise = randn_tensor(prediction.shape, generators, device, torch.float32)
-            projection = (prediction.float() * noise).sum()
-            for gradient in torch.autograd.grad(projection, leaves):
+            for gradient in torch.autograd.grad((prediction.float() * noise).sum(), leaves):
                 rows = gradient.float().flatten(0, 1)
                 total = total + rows.T @ rows / prediction[0].numel()
                 tokens += rows.any(1).sum()  # without those that a mask hides
     fisher = total / tokens.clamp(min=1)
-    damping = 0.01 * fisher.diagonal().mean()  # for directions that no sample showed
-    return fisher + damping * torch.eye(len(fisher), device=device)
+    return fisher + 0.01 * fisher.diagonal().mean() * torch.eye(len(fisher), device=device)

@@ -131,8 +131,8 @@ def train(
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optim = optimizer(trained) if optimizer else config.adamw(trained, student.config.d_model)
         place = accelerator.process_index, processes
-        reservoir = TrajectoryReservoir(pipe, source, config, pipeline_kwargs=kwargs, process=place)
-        objective = Objective(pipe, reservoir, config)
+        options: Any = {"pipeline_kwargs": kwargs, "process": place}
+        reservoir = TrajectoryReservoir(pipe, source, config, **options)
         # On every process: a sharded denoiser is called by all of them, or by none.
         measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs) if held_out else None
         sampled = measure.prompts[:4] if measure and config.samples_every else []
@@ -154,6 +154,9 @@ def train(
         result.output_dir = folder
         if resume:
             state.restore(checkpoints, facts["identity"], config.max_steps)
+        if result.steps < config.max_steps:  # if resumed, by the same first samples again
+            new = TrajectoryReservoir(pipe, source, config, **options, teacher=reservoir.teacher)
+            objective = Objective(pipe, new if result.steps else reservoir, config)
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         # Not prepared: accelerate would step it once for each process.
@@ -305,8 +308,7 @@ def _finish(
     folder, student, images = result.output_dir, result.student, []
     if result.gap is not None and not result.gap <= 0.9:  # 1 is that of an empty prompt
         logger.warning(
-            f"The student says no more than an empty prompt: its velocity gap is {result.gap:.3f}. "
-            "Try more updates or SlimT5Encoder.from_t5: see docs/distill.md."
+            f"The student says no more than an empty prompt (gap {result.gap:.3f}): try from_t5."
         )
     if folder is not None:
         student.save_pretrained(folder)
