@@ -81,7 +81,7 @@ def patch_pipeline(
     elif isinstance(source, (str, os.PathLike)) and not keep_teacher:
         return _load_patched(pipe, hub.local_path(source), student, kwargs)
     raise TypeError(
-        "expected patch_pipeline(pipe, student), or (cls, folder_or_hub_id, student=..., **kwargs)."
+        "expected patch_pipeline(pipe, student) or (cls, folder_or_hub_id, student=...)."
     )
 
 

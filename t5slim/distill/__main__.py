@@ -204,7 +204,6 @@ def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
 
 def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> str:
     """Make four updates without velocity and four with it, and extrapolate to the run."""
-    # The first encodes all prompts, and the fifth captures trajectories for the three after it.
     settings: Any = {"max_steps": 8, "embedding_phase": 0.5, "velocity_every": 1, "reuse": 1e9}
     settings |= {"objective": {"velocity": 1, "embedding": 1}, "samples_every": 0, "trackers": ()}
     trial = replace(config, eval_every=1, **settings)
