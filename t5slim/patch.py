@@ -80,9 +80,7 @@ def patch_pipeline(
             return _patch(slot, source if student is None else student, keep)
     elif isinstance(source, (str, os.PathLike)) and not keep_teacher:
         return _load_patched(pipe, hub.local_path(source), student, kwargs)
-    raise TypeError(
-        "expected patch_pipeline(pipe, student) or (cls, folder_or_hub_id, student=...)."
-    )
+    raise TypeError("expected patch_pipeline(pipe, student) or (cls, folder_or_hub_id, ...).")
 
 
 @torch.inference_mode(False)
