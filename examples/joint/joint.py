@@ -101,12 +101,10 @@ def main() -> None:
         return SlimT5Encoder.from_pretrained(args.start, dtype=torch.float32)
 
     def config(max_steps: int) -> DistillConfig:
-        rate = 1e-3 if args.start is None else 1e-4
-        objective = {} if args.start is None else {"objective": "velocity"}
+        slowly = {} if args.start is None else {"objective": "velocity", "learning_rate": 1e-4}
         return DistillConfig(
-            max_steps=max_steps, batch_size=args.batch_size, learning_rate=rate, **objective,
-            eval_every=10**6,
-        )  # fmt: skip
+            max_steps=max_steps, batch_size=args.batch_size, eval_every=10**6, **slowly
+        )
 
     student = new_student()
     kwargs = [CALL] * len(pipes)

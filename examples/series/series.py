@@ -108,9 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = load_pipeline()
     _, prompts = captions(4000, held_out=False)
-    config = DistillConfig(
-        max_steps=args.updates, batch_size=args.batch_size, learning_rate=1e-3, eval_every=10**6
-    )
+    config = DistillConfig(max_steps=args.updates, batch_size=args.batch_size, eval_every=10**6)
     measure = VelocityGap(pipe, captions(8, held_out=True, seed=1)[1], pipeline_kwargs=CALL)
     students = {size: fresh_student(**shape) for size, shape in SIZES.items()}
     reservoir = train_series(pipe, [*students.values()], prompts, config, pipeline_kwargs=CALL)
