@@ -3,9 +3,8 @@
     python examples/benchmarks/run.py [--only encoding swapping distilling] [--out results.md]
 
 Models have their true sizes and random weights. All that a ratio compares was measured in turns, in
-one process; a ratio is the median of those of the turns (with the least and the most of them). A
-default run takes a quarter of an hour on two cores. What the memory doesn't allow is left out, and
-the document says so.
+one process; a ratio is the median of those of the turns (with the least and the most of them). What
+the memory doesn't allow is left out, and the document says so.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def encoder(name: str, dtype: str, tiny: bool = False) -> Any:
 
 
 def fits(name: str, dtype: str, tiny: bool) -> bool:
-    """Whether there is memory for T5-XXL, and as much again for a fifth of it."""
+    """Whether T5-XXL fits into memory, with a quarter of its size to spare."""
     with torch.device("meta"):
         size = sizes.count(T5EncoderModel(sizes.XXL)) * getattr(torch, dtype).itemsize
     free = psutil.virtual_memory().available if DEVICE == "cpu" else torch.cuda.mem_get_info()[0]

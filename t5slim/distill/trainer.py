@@ -130,9 +130,8 @@ def train(
         interrupted = stack.enter_context(interruptible())
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optim = optimizer(trained) if optimizer else config.adamw(trained, student.config.d_model)
-        place = accelerator.process_index, processes
-        options: Any = {"pipeline_kwargs": kwargs, "process": place}
-        reservoir = TrajectoryReservoir(pipe, source, config, **options)
+        common: Any = {"pipeline_kwargs": kwargs, "process": (accelerator.process_index, processes)}
+        reservoir = TrajectoryReservoir(pipe, source, config, **common)
         # On every process: a sharded denoiser is called by all of them, or by none.
         measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs) if held_out else None
         sampled = measure.prompts[:4] if measure and config.samples_every else []
@@ -155,8 +154,9 @@ def train(
         if resume:
             state.restore(checkpoints, facts["identity"], config.max_steps)
         if result.steps < config.max_steps:  # if resumed, by the same first samples again
-            new = TrajectoryReservoir(pipe, source, config, **options, teacher=reservoir.teacher)
+            new = TrajectoryReservoir(pipe, source, config, **common, teacher=reservoir.teacher)
             objective = Objective(pipe, new if result.steps else reservoir, config)
+            del new  # its trajectories would stay in memory beside those of the run
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         # Not prepared: accelerate would step it once for each process.
@@ -187,7 +187,7 @@ def train(
             batches = reservoir.batches(result.steps, denoiser="velocity" in weights)
             for i, batch in enumerate(batches, start=1):
                 # Dropout, too, is a function of the update, so that no generator needs saving.
-                draw = (result.steps * groups + i) * processes + place[0]
+                draw = (result.steps * groups + i) * processes + accelerator.process_index
                 torch.manual_seed((config.seed << 32) + draw)
                 with accelerator.no_sync(model) if i < groups else nullcontext():
                     loss = objective(encode, batch, weights)
