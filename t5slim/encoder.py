@@ -20,7 +20,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassErro
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, T5Config, T5EncoderModel, UMT5EncoderModel
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for it in this module
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils.generic import can_return_tuple
@@ -164,6 +164,21 @@ class ProjectionAdapter(nn.Sequential):
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
 
 
+def _faster(encoder: nn.Module) -> nn.Module:
+    """Make a T5 compute the same, by a fifth faster on a CPU at 512 tokens (`run.py` measures)."""
+    for module in [*encoder.modules()]:
+        if bias := getattr(module, "relative_attention_bias", None):
+            bias.register_forward_hook(_heads_first)
+        if isinstance(getattr(module, "act", None), NewGELUActivation):  # seven kernels for one
+            module.act = nn.GELU(approximate="tanh")
+    return encoder
+
+
+def _heads_first(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Lay position biases (T, T, heads) out as attention reads them, or each layer copies them."""
+    return output.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
 class SlimT5Encoder(T5PreTrainedModel):
     """A T5 or UMT5 encoder with a projection: what stands in for T5-XXL in a diffusers pipeline.
 
@@ -179,7 +194,7 @@ class SlimT5Encoder(T5PreTrainedModel):
 
     def __init__(self, config: SlimT5Config) -> None:
         super().__init__(config)
-        self.encoder: Any = _ENCODERS[config.encoder_type](config)
+        self.encoder: Any = _faster(_ENCODERS[config.encoder_type](config))
         widths = config.d_model, config.project_out_dim
         self.final_projection = ProjectionAdapter(*widths, config.dropout_rate)
         self.post_init()
@@ -278,7 +293,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         encoder, _ = hub.load_strictly(load, name, access, unused, config=config, **kwargs)
         with torch.device("meta"):
             model = cls(encoder.config)  # a copy of `config`, shared by both
-        model.encoder = encoder
+        model.encoder = _faster(encoder)
         adapter = ProjectionAdapter(config.d_model, config.project_out_dim, config.dropout_rate)
         model.final_projection = adapter.to(encoder.device, encoder.dtype)
         return model.eval()

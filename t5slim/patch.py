@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -209,8 +210,10 @@ def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
         if keep:
             pipe._t5slim_original = original  # for `unpatch_pipeline`
     if not keep:
+        alive = weakref.WeakSet(() if original is None else original.modules())
         del original
-        clear_device_cache(garbage_collection=True)  # hooks of offload make cycles
+        # Hooks of offload make cycles; to look for them takes a quarter of a second.
+        clear_device_cache(garbage_collection=bool(alive))
     return pipe
 
 

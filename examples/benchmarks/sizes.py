@@ -120,26 +120,35 @@ def gib(module: nn.Module, bits: float = 16) -> float:
     return (linear * bits + (count(module) - linear) * 16) / 8 / 2**30
 
 
+# GiB at 1024 x 1024: an H100 took 33.9 for FLUX.1-dev in bf16, of which the weights are 31.4.
+# Decoding takes the most, and the other pipelines' autoencoders have the same shape.
+ACTIVATIONS = 2.5
+# bitsandbytes' 4 bits hold a float32 for each 64 weights as well.
+PRECISIONS = {"bf16": 16, "8 bits": 8, "NF4": 4.5}
+
+
 def main() -> None:
     """Print the tables of README.md and docs/choosing.md."""
     with torch.device("meta"):  # shapes without weights
         of_text, of_pipelines = encoders(), pipelines()
     xxl = of_text["T5-XXL"]
-    print("| encoder | parameters | GiB in bfloat16 | of T5-XXL |\n|---|---:|---:|---:|")
+    print("| encoder | parameters | GiB in bf16 | of T5-XXL |\n|---|---:|---:|---:|")
     for name, encoder in of_text.items():
         share = "1" if encoder is xxl else f"1/{count(xxl) / count(encoder):.0f}"
         print(f"| {name} | {count(encoder) / 1e6:,.0f} M | {gib(encoder):.2f} | {share} |")
     columns = {
-        "no T5": 0.0,
         "T5-XXL": gib(xxl),
-        "8 bits": gib(xxl, 8),
-        "4 bits": gib(xxl, 4.5),  # bitsandbytes: and a float32 for each 64 weights
-        **{name: gib(of_text[name]) for name in ("xl", "large", "base", "small")},
+        "in 8 bits": gib(xxl, 8),
+        "in 4 bits": gib(xxl, PRECISIONS["NF4"]),
+        **{f"`{name}`": gib(of_text[name]) for name in ("xl", "large", "base", "small")},
     }
-    print(f"\n| GiB | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    print(f"\n| GiB | denoiser | {' | '.join(columns)} |\n|---|---|{'---:|' * len(columns)}")
     for name, parts in of_pipelines.items():
-        rest = sum(map(gib, parts.values()))
-        print(f"| {name} | {' | '.join(f'{rest + size:.1f}' for size in columns.values())} |")
+        denoiser = parts.pop("transformer")
+        rest = sum(map(gib, parts.values())) + ACTIVATIONS
+        for precision, bits in PRECISIONS.items():
+            sizes = (rest + gib(denoiser, bits) + size for size in columns.values())
+            print(f"| {name} | {precision} | {' | '.join(f'{size:.1f}' for size in sizes)} |")
 
 
 if __name__ == "__main__":

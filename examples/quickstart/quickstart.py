@@ -3,7 +3,8 @@
     python examples/quickstart/quickstart.py
 
 Loads the miniature pipeline of `shapes_world/`, patches it with the committed student, generates
-the same held-out captions from the same noise under both, writes an image grid and prints a table.
+the same held-out captions from the same noise under both, and without any text, writes an image
+grid and prints a table.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers.utils import make_image_grid
 from torch import nn
 
 import t5slim
@@ -54,28 +56,31 @@ def main() -> None:
     images["student"] = generate(pipe, texts)
 
     pipe = t5slim.unpatch_pipeline(pipe)
+    images["no text"] = generate(pipe, [""] * len(texts))
     _, few = captions(min(args.count, 33), held_out=True)
     gap = velocity_gap(pipe, student, few, pipeline_kwargs=CALL)
 
+    encoders = (teacher, student)
     table = {
-        "": ("teacher", "student"),
-        "parameters": tuple(f"{count(m):,}" for m in (teacher, student)),
-        "MiB in bfloat16": tuple(f"{count(m) * 2 / 2**20:.2f}" for m in (teacher, student)),
-        "encode 8 prompts, ms": tuple(f"{encode_ms(m):.1f}" for m in (teacher, student)),
-        "velocity gap": ("0", f"{gap:.3f}"),
+        "": tuple(images),
+        "parameters": tuple(f"{count(m):,}" for m in encoders),
+        "MiB in bfloat16": tuple(f"{count(m) * 2 / 2**20:.2f}" for m in encoders),
+        "encode 8 prompts, ms": tuple(f"{encode_ms(m):.1f}" for m in encoders),
+        "velocity gap": ("0", f"{gap:.3f}", "1"),
     }
-    of_teacher, of_student = (judge.accuracy(scenes, generated) for generated in images.values())
-    for name in of_teacher:
-        table[f"{name} correct"] = tuple(f"{a[name]:.1%}" for a in (of_teacher, of_student))
-    for name, (left, right) in table.items():
-        print(f"{name:<22}{left:>12}{right:>12}")
+    correct = [judge.accuracy(scenes, generated) for generated in images.values()]
+    for name in correct[0]:
+        table[f"{name} correct"] = tuple(f"{each[name]:.1%}" for each in correct)
+    for name, cells in table.items():
+        print(f"{name:<22}" + "".join(f"{cell:>12}" for cell in cells))
 
-    shown = [
-        criterion * args.count + i for i in range(min(2, args.count)) for criterion in range(3)
-    ]
-    columns = {name: [generated[i] for i in shown] for name, generated in images.items()}
-    grid([texts[i] for i in shown], columns).save(args.out)
-    print(f"\nThe same captions and noise under both: {args.out}")
+    grids = []
+    for first in range(0, len(texts), args.count):  # two captions of each criterion
+        shown = slice(first, first + min(2, args.count))
+        columns = {name: generated[shown] for name, generated in images.items()}
+        grids.append(grid(texts[shown], columns, cell=112))
+    make_image_grid(grids, rows=1, cols=len(grids)).save(args.out)
+    print(f"\nThe same captions from the same noise: {args.out}")
 
 
 def count(module: nn.Module) -> int:
