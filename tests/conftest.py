@@ -53,6 +53,14 @@ def flux_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def pipe():
+    """A tiny FLUX."""
+    from tiny import tiny_flux
+
+    return tiny_flux()
+
+
+@pytest.fixture
 def cpu_as_accelerator(monkeypatch):
     """For offload: diffusers numbers its device, and a `cpu:0` isn't equal to a `cpu`."""
     import accelerate

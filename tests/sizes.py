@@ -48,15 +48,27 @@ def levels(count: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
-# For every class of diffusers that takes them. First, all the names that T5's width has.
+# By an argument's name, for every class of diffusers that takes it and has nothing else in `SIZES`.
 COMMON: dict[str, Any] = {
+    # All the names that T5's width has.
     "joint_attention_dim": TEXT_WIDTH, "caption_channels": TEXT_WIDTH, "text_dim": TEXT_WIDTH,
     "text_embed_dim": TEXT_WIDTH, "text_embed_2_dim": TEXT_WIDTH, "encoder_hid_dim": TEXT_WIDTH,
-    "cross_attention_dim_t5": TEXT_WIDTH, "dit_text_dim": TEXT_WIDTH,
-    "text_encoder_dim": TEXT_WIDTH, "txt_in_features": TEXT_WIDTH,
+    "cross_attention_dim_t5": TEXT_WIDTH, "dit_text_dim": TEXT_WIDTH, "text_emb_dim": TEXT_WIDTH,
+    "text_encoder_dim": TEXT_WIDTH, "text_encoder_1_dim": TEXT_WIDTH, "txt_in_features": TEXT_WIDTH,
+    # Of denoisers, and what stands beside them.
     "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "layers_per_block": 1,
-    "num_attention_heads": 2, "attention_head_dim": 8, "latent_channels": 4, "norm_num_groups": 2,
-    "freq_dim": 16, "ffn_dim": 32,
+    "num_mmdit_layers": 1, "num_single_dit_layers": 1, "dit_depth": 1, "vace_layers": [0],
+    "num_attention_heads": 2, "attention_head_dim": 8, "dit_heads": 2, "dit_dim": 16,
+    "caption_projection_dim": 32, "adaln_lora_dim": 4, "freq_dim": 16, "ffn_dim": 32,
+    "prior_vq_quantizer_codebook_size": 16, "redux_dim": 16, "langauge_model_dim": 16,
+    "conditioning_dim": 16, "min_value": 0, "max_value": 32, "max_text_seq_length": MAX_TOKENS,
+    "concat_padding_mask": False,  # which Cosmos would resize with torchvision
+    # Of autoencoders, for images and videos, and for sound.
+    "latent_channels": 4, "norm_num_groups": 2, "encoder_block_out_channels": (4,) * 4,
+    "decode_block_out_channels": (4,) * 4, "base_dim": 3, "dim_mult": [1] * 4, "num_res_blocks": 1,
+    "encoder_hidden_size": 6, "downsampling_ratios": [1, 2], "decoder_channels": 3,
+    "decoder_input_channels": 3, "channel_multiples": [2, 4], "sampling_rate": 4, "channels": 4,
+    "c_mults": [1, 2], "strides": [2], "sample_rate": 4,
 }  # fmt: skip
 
 _T5 = {
@@ -75,7 +87,7 @@ _FLUX = {"in_channels": 16, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8
 _FLUX_POOLED = _FLUX | {"pooled_projection_dim": 16, "guidance_embeds": True}
 _SD3 = {
     "sample_size": 32, "patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 2,
-    "num_attention_heads": 4, "caption_projection_dim": 32, "pooled_projection_dim": 32,
+    "num_attention_heads": 4, "pooled_projection_dim": 32,
 }  # fmt: skip
 _HUNYUAN_DIT = {
     "sample_size": 8, "patch_size": 2, "num_attention_heads": 3, "in_channels": 4,
@@ -83,7 +95,7 @@ _HUNYUAN_DIT = {
 }  # fmt: skip
 _COGVIDEOX = {
     "attention_head_dim": 16, "time_embed_dim": 4, "in_channels": 4, "out_channels": 4,
-    "max_text_seq_length": MAX_TOKENS, "sample_width": 2, "sample_height": 2, "sample_frames": 9,
+    "sample_width": 2, "sample_height": 2, "sample_frames": 9,
     "use_rotary_positional_embeddings": True,
 }  # fmt: skip
 
@@ -152,17 +164,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "spatio_temporal_scaling": (True, True, False, False),
         "decoder_spatio_temporal_scaling": (True, True, False, False),
     },
-    "AutoencoderKLWan": {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
     "AutoencoderKLAllegro": {"block_out_channels": (4, 4, 4, 4)},
     "AutoencoderKLMochi": {
         "latent_channels": 12, "encoder_block_out_channels": (32,) * 4,
         "decoder_block_out_channels": (32,) * 4, "layers_per_block": (1,) * 5,
     },
     "AutoencoderKLCogVideoX": {"block_out_channels": (4, 4, 4, 4)},
-    "AutoencoderKLCosmos": {
-        "encoder_block_out_channels": (4,) * 4, "decode_block_out_channels": (4,) * 4,
-        "latents_mean": None, "latents_std": None,
-    },
+    "AutoencoderKLCosmos": {"latents_mean": None, "latents_std": None},
     "AutoencoderKLHunyuanImage": {
         "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 32),
         "spatial_compression_ratio": 2, "sample_size": 16,
@@ -171,15 +179,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "block_out_channels": (16, 16), "spatial_compression_ratio": 4,
         "downsample_match_channel": False, "upsample_match_channel": False,
     },
-    "AutoencoderOobleck": {
-        "encoder_hidden_size": 6, "downsampling_ratios": [1, 2], "decoder_channels": 3,
-        "decoder_input_channels": 3, "channel_multiples": [2, 4], "sampling_rate": 4,
-    },
-    "LongCatAudioDiTVae": {"channels": 4, "c_mults": [1, 2], "strides": [2], "sample_rate": 4},
     # Denoisers, and what stands beside them.
     "FluxTransformer2DModel": _FLUX_POOLED | {"out_channels": 16},
     "FluxControlNetModel": _FLUX_POOLED,
-    "ReduxImageEncoder": {"redux_dim": 16},
     "ChromaTransformer2DModel": _FLUX | {
         "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1,
     },
@@ -192,17 +194,11 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "HunyuanDiT2DModel": _HUNYUAN_DIT | {"num_layers": 4},
     "HunyuanDiT2DControlNetModel": _HUNYUAN_DIT | {"transformer_num_layers": 4},
-    "AuraFlowTransformer2DModel": {
-        "num_mmdit_layers": 1, "num_single_dit_layers": 1, "num_attention_heads": 4,
-        "caption_projection_dim": 32,
-    },
+    "AuraFlowTransformer2DModel": {"num_attention_heads": 4},
     "CogView3PlusTransformer2DModel": {"in_channels": 4, "out_channels": 4, "time_embed_dim": 8},
-    "GlmImageTransformer2DModel": {
-        "in_channels": 4, "out_channels": 4, "time_embed_dim": 8,
-        "prior_vq_quantizer_codebook_size": 16,
-    },
+    "GlmImageTransformer2DModel": {"in_channels": 4, "out_channels": 4, "time_embed_dim": 8},
     "HiDreamImageTransformer2DModel": {
-        "patch_size": 2, "in_channels": 4, "max_resolution": (32, 32), "text_emb_dim": 32,
+        "patch_size": 2, "in_channels": 4, "max_resolution": (32, 32),
         "caption_channels": [TEXT_WIDTH, 16], "llama_layers": [0, 1], "axes_dims_rope": (4, 2, 2),
     },
     "HunyuanImageTransformer2DModel": {
@@ -221,7 +217,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "time_embedding_dim": 4, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3,
         "block_out_channels": (8, 16), "cross_attention_dim": 4,
     },
-    "WanVACETransformer3DModel": {"vace_layers": [0]},
     "WanAnimateTransformer3DModel": {
         "latent_channels": 16, "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
         "motion_encoder_size": 16, "motion_style_dim": 8, "motion_dim": 4,
@@ -243,10 +238,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "LFE_num_id_token": 1, "LFE_num_querie": 1, "LFE_output_dim": 21, "LFE_ff_mult": 1,
         "LFE_num_scale": 1,
     },
-    "CosmosTransformer3DModel": {
-        "in_channels": 4, "out_channels": 4, "attention_head_dim": 16, "adaln_lora_dim": 4,
-        "concat_padding_mask": False,  # which would be resized with torchvision
-    },
+    "CosmosTransformer3DModel": {"in_channels": 4, "out_channels": 4, "attention_head_dim": 16},
     "HunyuanVideo15Transformer3DModel": {
         "in_channels": 9, "out_channels": 4, "mlp_ratio": 2.0, "text_embed_dim": 16,
         "image_embed_dim": 16, "rope_axes_dim": (2, 2, 4), "target_size": 16,
@@ -254,17 +246,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "LTXVideoTransformer3DModel": {
         "in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "cross_attention_dim": 32,
     },
-    "StableAudioProjectionModel": {"conditioning_dim": 16, "min_value": 0, "max_value": 32},
     "StableAudioDiTModel": {
         "sample_size": 8, "in_channels": 3, "num_layers": 2, "attention_head_dim": 4,
         "num_key_value_attention_heads": 2, "out_channels": 3, "cross_attention_dim": 16,
         "time_proj_dim": 8, "global_states_input_dim": 32, "num_attention_heads": 4,
         "cross_attention_input_dim": 16,
     },
-    "LongCatAudioDiTTransformer": {"dit_dim": 16, "dit_depth": 1, "dit_heads": 2, "latent_dim": 4},
-    "AudioLDM2ProjectionModel": {
-        "text_encoder_dim": 8, "text_encoder_1_dim": TEXT_WIDTH, "langauge_model_dim": 16,
-    },
+    "LongCatAudioDiTTransformer": {"latent_dim": 4},
+    "AudioLDM2ProjectionModel": {"text_encoder_dim": 8},
     "AudioLDM2UNet2DConditionModel": {
         "sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),

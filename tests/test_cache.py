@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,27 @@ def test_prompts_of_different_lengths(tmp_path: Path) -> None:
         assert torch.equal(cache.get(prompt_keys(ids, None)[0]), own)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "pixart_sigma", "stable_audio"])
-def test_everything_works_without_t5(name: str, tmp_path: Path) -> None:
-    pipe, kwargs, _ = cached(tmp_path, name)
+@pytest.mark.parametrize(
+    ("name", "offload"),
+    [*product(["flux"], OFFLOADS), *product(["sd3", "pixart_sigma", "stable_audio"], ["none"])],
+)
+def test_everything_works_without_t5(name: str, offload: str, tmp_path: Path) -> None:
+    pipe, kwargs = setting(name)
     slot, student = TextSlot(pipe), tiny_student(pipe)
     targets = targets_of(pipe, kwargs, PROMPTS[:3])
     gap = velocity_gap(pipe, student, PROMPTS, pipeline_kwargs=kwargs, batch_size=4)
-    teacher = weakref.ref(slot.encoder)
+    facts, teacher = describe_teacher(pipe), weakref.ref(slot.encoder)
     weights = [weakref.ref(parameter) for parameter in teacher().parameters()]
+    OFFLOADS[offload](pipe)
+    assert describe_teacher(pipe) == facts
+    cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs)
+    with cached_teacher(pipe, tmp_path):  # with T5 waiting for its return
+        assert_equal(targets_of(pipe, kwargs, PROMPTS[:3]), targets)
+    assert slot.encoder is teacher()
+    assert_equal(targets_of(pipe, kwargs, PROMPTS[:3]), targets)
     slot.replace(None)
+    if offload != "none":
+        clear_device_cache(garbage_collection=True)
     assert teacher() is None and all(weight() is None for weight in weights)
     with pytest.raises(DistillError, match="cached_teacher"):
         capture(pipe, PROMPTS[:3], pipeline_kwargs=kwargs)
@@ -143,26 +156,6 @@ def test_everything_works_without_t5(name: str, tmp_path: Path) -> None:
         assert teacher_of(pipe).num_parameters() == 1
     assert slot.encoder is None and TextSlot(pipe).name == slot.name
     patch_pipeline(pipe, student)
-
-
-@pytest.mark.parametrize("offload", OFFLOADS)
-def test_under_offload(offload: str, tmp_path: Path) -> None:
-    pipe, kwargs = setting("flux")
-    expected = targets_of(pipe, kwargs, PROMPTS[:2])
-    facts, teacher = describe_teacher(pipe), weakref.ref(pipe.text_encoder_2)
-    OFFLOADS[offload](pipe)
-    assert describe_teacher(pipe) == facts
-    cache_teacher(pipe, PROMPTS, tmp_path, pipeline_kwargs=kwargs)
-    with cached_teacher(pipe, tmp_path):  # with T5 waiting for its return
-        assert_equal(targets_of(pipe, kwargs, PROMPTS[:2]), expected)
-    assert pipe.text_encoder_2 is teacher()
-    assert_equal(targets_of(pipe, kwargs, PROMPTS[:2]), expected)
-    TextSlot(pipe).replace(None)
-    clear_device_cache(garbage_collection=True)
-    assert teacher() is None
-    with cached_teacher(pipe, tmp_path):
-        assert_equal(targets_of(pipe, kwargs, PROMPTS[:2]), expected)
-    assert pipe.text_encoder_2 is None
 
 
 @pytest.mark.parametrize("offload", ["none", "model", "sequential"])

@@ -15,15 +15,9 @@ from diffusers.hooks import apply_layerwise_casting
 from helpers.pipelines import flux_student, generate, patched_flux, quiet
 from tiny import PROMPTS, call_kwargs, tiny_flux
 
-from t5slim import (
-    CheckpointError,
-    DistillError,
-    PatchError,
-    SlimT5Encoder,
-    patch_pipeline,
-    unpatch_pipeline,
-)
+from t5slim import SlimT5Encoder, patch_pipeline, unpatch_pipeline
 from t5slim.distill import DistillConfig, capture, train, velocity_gap
+from t5slim.errors import CheckpointError, DistillError, PatchError
 
 # Inside of the libraries of quantisation, and on their way into a model; not ours to mend.
 pytestmark = [
@@ -112,9 +106,8 @@ def test_layerwise_casting_of_the_student(when):
     assert student(torch.tensor([[1, 2]]))[0].isfinite().all()
 
 
-def test_cache():
+def test_cache(pipe):
     """Its repeated predictions are no targets. The hooks of group offload repeat nothing."""
-    pipe = tiny_flux()
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=10.0))
     message = r"transformer of this FluxPipeline has a cache \(fbc_.*disable_cache\(\)"
     for distil in (capture, lambda pipe, *args, **kw: train(pipe, flux_student(), *args, **kw)):
@@ -126,9 +119,8 @@ def test_cache():
 
 
 @pytest.mark.parametrize("cls", [FluxImg2ImgPipeline, diffusers.AutoPipelineForImage2Image])
-def test_from_pipe_of_a_patched_pipeline(cls):
+def test_from_pipe_of_a_patched_pipeline(pipe, cls):
     """Each is patched and undone by itself."""
-    pipe = tiny_flux()
     teacher, unpatched = pipe.text_encoder_2, cls.from_pipe(pipe)
     patch_pipeline(pipe, flux_student(), keep_teacher=True)
     assert unpatched.text_encoder_2 is teacher
@@ -141,9 +133,8 @@ def test_from_pipe_of_a_patched_pipeline(cls):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies(duplicate, patched_latents):
+def test_copies(pipe, duplicate, patched_latents):
     """A copy has its own student and teacher."""
-    pipe = tiny_flux()
     teacher, old = pipe.text_encoder_2, generate(pipe)
     twin = duplicate(patch_pipeline(pipe, flux_student(), keep_teacher=True))
     assert twin.text_encoder_2 is not pipe.text_encoder_2

@@ -63,9 +63,7 @@ def test_the_papers_settings() -> None:
         ({"objective": "velocity"}, list(range(100))),  # it has nothing to wait for
     ],
 )
-def test_velocity_waits_for_the_embeddings_and_takes_part_in_some_updates(
-    settings: dict[str, Any], with_velocity: list[int]
-) -> None:
+def test_when_velocity_takes_part(settings: dict[str, Any], with_velocity: list[int]) -> None:
     config = DistillConfig(max_steps=100, **settings)
     weights = [config.weights_at(step) for step in range(100)]
     assert [step for step, of_step in enumerate(weights) if "velocity" in of_step] == with_velocity

@@ -79,8 +79,7 @@ def test_images_and_gaps_are_those_of_the_users_own_calls(name: str) -> None:
                 assert np.array_equal(one, other)
 
 
-def test_a_copy_of_the_teacher_loses_nothing() -> None:
-    pipe = tiny_flux()
+def test_a_copy_of_the_teacher_loses_nothing(pipe: Any) -> None:
     seen = compared(pipe, {"copy": copy.deepcopy(teacher_of(pipe)), "mine": tiny_student(pipe)})
     gap, psnr, ssim = seen.means().loc["copy"]
     worse, lower, less = seen.means().loc["mine"]
@@ -90,8 +89,7 @@ def test_a_copy_of_the_teacher_loses_nothing() -> None:
     assert runs["encode_ms"]["teacher"] > 0
 
 
-def test_scores_are_averaged_over_the_images_they_are_known_of() -> None:
-    pipe = tiny_flux()
+def test_scores_are_averaged_over_the_images_they_are_known_of(pipe: Any) -> None:
 
     def judge(image: Image.Image, prompt: str) -> dict[str, Any]:
         return brightness(image, prompt) | {"odd": math.nan if "star" in prompt else math.inf}
@@ -112,8 +110,7 @@ def test_scores_are_averaged_over_the_images_they_are_known_of() -> None:
 
 
 @pytest.mark.parametrize("name", ["distance", "gap", "teacher", "gap_of_calls", "=1+1", "other"])
-def test_no_name_of_the_users_changes_the_gap(name: str) -> None:
-    pipe = tiny_flux()
+def test_no_name_of_the_users_changes_the_gap(pipe: Any, name: str) -> None:
     student = {"mine": tiny_student(pipe)}
     plain = compared(pipe, student)
     for measures in ({"distances": {name: lambda *_: 9}}, {"judge": lambda *_: {name: 9}}):

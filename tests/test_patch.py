@@ -117,8 +117,7 @@ def test_patch_and_unpatch(build, make, offload):
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_the_teacher_is_freed(offload):
-    pipe = tiny_flux()
+def test_the_teacher_is_freed(pipe, offload):
     student, teacher = tiny_student(pipe), weakref.ref(pipe.text_encoder_2)
     weights = weakref.ref(pipe.text_encoder_2.shared.weight)
     OFFLOADS[offload](pipe)
@@ -129,9 +128,8 @@ def test_the_teacher_is_freed(offload):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["module", "folder"])
-def test_dtype(tmp_path, dtype, kind):
+def test_dtype(pipe, tmp_path, dtype, kind):
     """As the teacher's. Under float16 `wo` stays in float32, wherever the student comes from."""
-    pipe = tiny_flux()
     student = tiny_student(pipe).train()
     student.save_pretrained(tmp_path)
     pipe.text_encoder_2.to(dtype)
@@ -177,9 +175,8 @@ def test_inference_mode(made, offload):
     student(torch.tensor([[1, 2]]))[0].sum().backward()
 
 
-def test_two_pipelines_that_share_a_t5():
+def test_two_pipelines_that_share_a_t5(pipe):
     """Also if the other one has it on the meta device, under an offload of its own."""
-    pipe = tiny_flux()
     other, old = FluxPipeline(**pipe.components), generate(pipe)
     quiet(other).enable_sequential_cpu_offload(device="cpu")
     student = flux_student()
@@ -266,9 +263,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("offload", ["none", "model"])
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case, offload, tmp_path):
+def test_refused(pipe, case, offload, tmp_path):
     make, error, message = REFUSED[case]
-    pipe = tiny_flux()
     student = make(tmp_path)
     OFFLOADS[offload](pipe)
     old, before = generate(pipe), state(pipe)
@@ -353,9 +349,8 @@ def test_a_pipeline_without_the_tokenizer_of_its_t5(build, name, tmp_path):
     ("size", "added", "fits"),
     [(129, 0, True), (128, 0, False), (257, 0, False), (256, 1, True), (384, 1, True)],
 )
-def test_vocabulary(size, added, fits):
+def test_vocabulary(pipe, size, added, fits):
     """256 tokens, rounded up; a textual inversion may add some, and enlarge the embeddings."""
-    pipe = tiny_flux()
     pipe.tokenizer_2.add_tokens([f"<{i}>" for i in range(added)])
     with nullcontext() if fits else pytest.raises(MISFIT, match=f"vocabulary of {size}"):
         patch_pipeline(pipe, flux_student(vocab_size=size))

@@ -157,9 +157,8 @@ def test_a_folder_with_obstacles_is_trained_in(
 
 
 def test_a_last_evaluation_that_fails_costs_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipe = tiny_flux()
     student = tiny_student(pipe)
     student.register_forward_hook(lambda module, *_: None if module.training else 1 / 0)
     run(pipe, student, output_dir=tmp_path, eval_prompts=PROMPTS[:1], max_steps=1)
@@ -211,10 +210,9 @@ def test_a_hub_that_refuses_is_noticed_before_the_training(hub: Any, tmp_path: P
 
 
 def test_an_upload_that_fails_keeps_the_student(
-    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: Any, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    pipe = tiny_flux()
     pipe.transformer.register_forward_hook(lambda *_: monkeypatch.setenv("HF_TOKEN", "hf_wrong"))
     with pytest.raises(HubAccessError, match=r"me/mine.*401"):
         run(pipe, output_dir=tmp_path / "out", push_to_hub="me/mine")

@@ -1,11 +1,11 @@
-"""Finding the T5 slot: in every pipeline class of diffusers, and in real pipelines."""
+"""Finding the T5 slot: in every pipeline class of diffusers; in pipelines, see `zoo/table.py`."""
 
 from __future__ import annotations
 
 import pytest
 from diffusers import FluxPipeline
 from helpers.pipelines import every_pipeline_class
-from tiny import TEXT_WIDTH, clip_encoder, t5_encoder, tiny_flux, tiny_student
+from tiny import TEXT_WIDTH, clip_encoder, t5_encoder
 from transformers import T5EncoderModel, UMT5EncoderModel
 from zoo import CASES
 
@@ -42,24 +42,6 @@ def test_every_pipeline_class_of_diffusers():
     assert sum(case.route != "none" for case in CASES.values()) >= 40
 
 
-# HunyuanDiT has two encoders, Wan a UMT5, and CogVideoX names the width `text_embed_dim`.
-FAMILIES = ["Flux", "StableDiffusion3", "Chroma", "PixArtSigma", "LTX", "StableAudio"]
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "HunyuanDiT", "Wan", "CogVideoX"])
-def test_real_pipelines(family):
-    """With T5, with a student, and as loaded without T5."""
-    pipe = CASES[f"{family}Pipeline"].pipe()
-    name = TextSlot(type(pipe)).name
-    assert isinstance(getattr(pipe, name), (T5EncoderModel, UMT5EncoderModel))
-    for module in (TextSlot(pipe).encoder, tiny_student(pipe), None):
-        pipe.register_modules(**{name: module})
-        slot = TextSlot(pipe)
-        assert slot.name == name and slot.encoder is module
-        assert slot.tokenizer is getattr(pipe, name.replace("text_encoder", "tokenizer"))
-        assert slot.width == TEXT_WIDTH
-
-
 def test_a_pipeline_without_denoiser_has_the_width_of_its_encoder():
     pipe = CASES["FluxPriorReduxPipeline"].pipe()
     assert TextSlot(pipe).width == TEXT_WIDTH
@@ -81,8 +63,7 @@ def test_not_a_pipeline(other):
         unpatch_pipeline(FluxPipeline)
 
 
-def test_a_clip_in_the_place_of_t5():
-    pipe = tiny_flux()
+def test_a_clip_in_the_place_of_t5(pipe):
     pipe.register_modules(text_encoder_2=clip_encoder())
     with pytest.raises(NoT5SlotError, match="FluxPipeline has no T5"):
         TextSlot(pipe)

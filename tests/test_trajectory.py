@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
-from helpers.training import losses, run
-from helpers.trajectories import assert_replays, captured
+from helpers.training import calls_of, losses, pipeline_and_kwargs, run
+from helpers.trajectories import CPU, assert_replays, captured
 from tiny import MAX_TOKENS, PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_sd3, tiny_student
 from zoo import CASES
 from zoo.case import image, images
@@ -24,35 +24,20 @@ from t5slim.distill.teacher import TeacherEmbeddings, encode_prompts
 from t5slim.errors import DistillError
 
 GATHERS = ["flux", "sd3", "chroma", "pixart_sigma", "ltx"]
-CPU = torch.device("cpu")
-
-
-@torch.no_grad()
-def plain_run(pipe: Any, prompts: list[str]) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """The denoiser's arguments and predictions when the pipeline is called as it is."""
-    calls = []
-
-    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(({k: v for k, v in kwargs.items() if torch.is_tensor(v)}, output[0].clone()))
-
-    handle = pipe.transformer.register_forward_hook(record, with_kwargs=True)
-    generator = torch.Generator().manual_seed(0)
-    pipe(prompts, generator=generator, output_type="latent", **call_kwargs(pipe))
-    handle.remove()
-    return calls
 
 
 @pytest.mark.parametrize("name", [*GATHERS, "stable_audio"])
 def test_capture_is_the_pipelines_own_run(name: str) -> None:
     pipe = TINY_PIPELINES[name]()
     prompts = [*PROMPTS, "a star", "a sign"]  # the teacher encodes batches of eight
-    expected = plain_run(pipe, prompts)
+    calls, generator = calls_of(pipe.transformer), torch.Generator().manual_seed(0)
+    pipe(prompts, generator=generator, output_type="latent", **call_kwargs(pipe))
+    expected = [*calls]
     trajectory = capture(pipe, prompts, pipeline_kwargs=call_kwargs(pipe))
-    assert len(trajectory.denoiser_calls) == len(expected)
-    for call, (kwargs, prediction) in zip(trajectory.denoiser_calls, expected, strict=True):
+    for call, (kwargs, (prediction, *_)) in zip(trajectory.denoiser_calls, expected, strict=True):
         assert torch.equal(call.target, prediction)
         for argument, tensor in kwargs.items():
-            assert torch.equal(call.kwargs[argument], tensor)
+            assert not torch.is_tensor(tensor) or torch.equal(call.kwargs[argument], tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -66,9 +51,8 @@ def test_replay_in_half_precision_without_the_pooled_vector(dtype: torch.dtype) 
     assert_replays(pipe, calls, teacher)
 
 
-def test_a_batch_as_long_as_the_text_is_not_mistaken_for_it() -> None:
+def test_a_batch_as_long_as_the_text_is_not_mistaken_for_it(pipe: Any) -> None:
     # txt_ids is (tokens, 3): with as many prompts as tokens, its length is the batch's.
-    pipe = tiny_flux()
     _, calls, teacher = captured(pipe, PROMPTS * (MAX_TOKENS // len(PROMPTS)))
     assert len(calls[0]) == MAX_TOKENS
     assert ("txt_ids",) not in calls[0].batched and ("guidance",) in calls[0].batched
@@ -89,8 +73,7 @@ def test_samples_of_different_trajectories_and_timesteps_share_a_call(name: str)
 def test_the_guard_runs_once_for_each_set_of_shapes() -> None:
     pipe, teacher = tiny_sd3(), TeacherEmbeddings()
     layouts: dict[Any, Any] = {}
-    encoded: list[int] = []  # by CLIP, which every run of the pipeline calls
-    pipe.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    encoded = calls_of(pipe.text_encoder)  # CLIP, which every run of the pipeline calls
     for prompts, steps, shapes in [
         (PROMPTS[:2], 3, 1), (PROMPTS[2:4], 3, 1), (PROMPTS[:3], 3, 2), (PROMPTS[:2], 2, 3),
     ]:  # fmt: skip
@@ -103,15 +86,16 @@ def test_the_guard_runs_once_for_each_set_of_shapes() -> None:
         assert_replays(pipe, calls, teacher)
 
 
-@pytest.mark.parametrize("name", GATHERS)
+@pytest.mark.parametrize("name", [*GATHERS, "IFPipeline", "Kandinsky3Pipeline"])
 def test_both_routes_give_the_same_loss_and_gradients(name: str) -> None:
-    pipe = TINY_PIPELINES[name]()
+    """The last two decorate `encode_prompt` with `torch.no_grad`."""
+    pipe, kwargs = pipeline_and_kwargs(name)
     student = tiny_student(pipe)
-    trajectory, calls, teacher = captured(pipe, PROMPTS[:2])
+    trajectory, calls, teacher = captured(pipe, PROMPTS[:2], pipeline_kwargs=kwargs)
     whole = split_trajectory(replace(trajectory, batch_dims=None))
     found = []
     for route in (calls, whole):
-        call = route[2]  # with a prompt in it: in Chroma, every other call is the negative one
+        call = route[-2]  # with a prompt in it: in Chroma, every other call is the negative one
         (prediction,) = predictions(
             pipe, [call], lambda prompts: encode_prompts(student, teacher, prompts, CPU)
         )
@@ -122,6 +106,7 @@ def test_both_routes_give_the_same_loss_and_gradients(name: str) -> None:
     for gradient, expected in zip(gradients, others, strict=True):
         assert expected.norm() > 0
         assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+    assert "encode_prompt" not in vars(pipe)
 
 
 class ScalesEmbeddings(FluxPipeline):
@@ -152,8 +137,7 @@ def test_changed_embeddings_are_detected(cls: type[FluxPipeline], reason: str) -
     assert [call.index for call in calls] == [0, 1, 2]
 
 
-def test_autocast_reaches_the_denoiser_alone() -> None:
-    pipe = tiny_flux()
+def test_autocast_reaches_the_denoiser_alone(pipe: Any) -> None:
     plain, _, _ = captured(pipe, PROMPTS[:2])
     with autocast_denoisers(pipe, torch.bfloat16):
         trajectory, _, _ = captured(pipe, PROMPTS[:2])
@@ -165,10 +149,9 @@ def test_autocast_reaches_the_denoiser_alone() -> None:
     assert 0 < (rounded.target - exact.target).norm() < 0.05 * exact.target.norm()
 
 
-def test_capture_leaves_the_pipeline_as_it_was() -> None:
-    pipe = tiny_flux()
+def test_capture_leaves_the_pipeline_as_it_was(pipe: Any) -> None:
     pipe.set_progress_bar_config(disable=True, desc="mine")
-    plain_run(pipe, PROMPTS[:1])  # which leaves attributes of its own
+    pipe(PROMPTS[0], **call_kwargs(pipe))  # which leaves attributes of its own
     attributes, level = set(vars(pipe)), logging.getLogger("diffusers").level
 
     def fail(*args: Any) -> None:
@@ -233,19 +216,6 @@ def test_images_go_with_prompts(name: str, prompts: int, changes: Any, message: 
     with pytest.raises(DistillError, match=f"(?s){message}") as raised:
         run(pipe, **settings, **arguments)
     assert "scheduler" not in str(raised.value)
-
-
-@pytest.mark.parametrize("name", ["IFPipeline", "Kandinsky3Pipeline"])
-def test_the_fallback_leads_a_gradient_through_encode_prompt(name: str) -> None:
-    """Which these pipelines decorate with `torch.no_grad`."""
-    pipe, call = CASES[name].pipe(), CASES[name].call()
-    student = tiny_student(pipe)
-    trajectory, _, teacher = captured(pipe, PROMPTS[:2], pipeline_kwargs=call)
-    calls = split_trajectory(replace(trajectory, batch_dims=None))
-    found = predictions(pipe, calls, lambda i: encode_prompts(student, teacher, i, CPU))
-    sum(velocity_loss(p, c.target).sum() for p, c in zip(found, calls, strict=True)).backward()
-    assert all(weight.grad.norm() > 0 for weight in student.parameters())
-    assert "encode_prompt" not in vars(pipe)
 
 
 def test_annotations_need_no_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

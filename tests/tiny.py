@@ -31,12 +31,9 @@ PROMPTS = [
 
 
 def component(cls: type, **changes: Any) -> Any:
-    """A component of tiny size.
+    """A component of tiny size, with changes of its sizes.
 
-    Args:
-        cls: a class of diffusers or transformers; for an abstract one, what stands for it: a
-            tokenizer of T5, a DDIM scheduler.
-        changes: of its sizes.
+    For an abstract class, what stands for it: a tokenizer of T5, a DDIM scheduler.
     """
     name = cls.__name__.removesuffix("Pil").removesuffix("Fast").removesuffix("WithProjection")
     if name == "KarrasDiffusionSchedulers":
@@ -76,13 +73,9 @@ def tiny(cls: type[DiffusionPipeline], seed: int = 0, **given: Any) -> Any:
     """A pipeline of tiny components, of the classes that its `__init__` is annotated with.
 
     In eval mode, as from_pretrained leaves it, and without a progress bar in the tests' output.
-
-    Args:
-        cls: any pipeline class of diffusers.
-        seed: of the weights.
-        given: of the arguments of `cls`: for a component, changes of its sizes, or another class;
-            everything else goes to `cls` as it is. An argument that has a default is left out
-            unless it is given, or is about text or the denoiser; and so are safety checkers.
+    For a component, `given` has changes of its sizes, or another class; everything else goes to
+    `cls` as it is. An argument that has a default is left out unless it is given, or is about text
+    or the denoiser; and so are safety checkers.
     """
     torch.manual_seed(seed)
     given = {"safety_checker": None, "watermarker": None} | given

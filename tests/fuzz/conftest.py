@@ -1,11 +1,10 @@
-"""The profiles of the fuzzers, and the table of how their calls ended.
+"""The profiles of the fuzzers.
 
 pytest tests/fuzz  # the suite's: some hundred inputs, the same each time
 pytest tests/fuzz --hypothesis-profile=thorough -n 2 --dist load  # 3,000 of each kind, others
-"""
 
-from itertools import chain
-from typing import Any
+With `--junitxml=FILE`, the time that each kind took, and how its calls ended.
+"""
 
 from hypothesis import HealthCheck, settings
 
@@ -19,10 +18,3 @@ suite = settings(
 settings.register_profile("suite", suite)
 settings.register_profile("thorough", suite, max_examples=3000, derandomize=False)
 settings.load_profile("suite")  # an option of the command line is read later
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for report in chain(*terminalreporter.stats.values()):
-        ends = dict(getattr(report, "user_properties", [])).get("ends")
-        if ends and report.when == "call":
-            terminalreporter.write_line(f"{report.head_line}: {report.duration:.0f} s, {ends}")

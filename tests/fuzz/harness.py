@@ -155,7 +155,7 @@ def _edited_json(content: bytes, what: str, place: int, value: Any, key: str) ->
 
 
 def written(folder: Path, files: Files) -> Path:
-    """A folder that holds these files, by their path in it, and nothing else."""
+    """A folder that holds these files, as `files_of` gives them, and nothing else."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():
@@ -163,8 +163,3 @@ def written(folder: Path, files: Files) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
     return folder
-
-
-def files_of(folder: Path) -> Files:
-    """What `written` takes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

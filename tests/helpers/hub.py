@@ -24,6 +24,12 @@ from urllib.parse import unquote, urlsplit
 TOKEN = "hf_right"
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The files of a folder and of those in it, by their path there."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 @dataclass
 class Repository:
     gated: bool = False
@@ -58,12 +64,8 @@ class LocalHub(ThreadingHTTPServer):
     ) -> Repository:
         """Publish the files of a folder and of those in it."""
         repository = self.repositories.setdefault(repo_id, Repository(**kwargs))
-        files = {
-            prefix + path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-        repository.commit(files, branch)
+        files = files_of(folder).items()
+        repository.commit({prefix + name: content for name, content in files}, branch)
         return repository
 
 
@@ -100,14 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(200, {"files": [{"path": file["path"], **modes} for file in files]})
         assert action == "commit", path
         operations = [json.loads(line) for line in body.splitlines()]
-        oid = repository.commit(
-            {
-                operation["value"]["path"]: base64.b64decode(operation["value"]["content"])
-                for operation in operations
-                if operation["key"] == "file"
-            },
-            revision,
-        )
+        files = [operation["value"] for operation in operations if operation["key"] == "file"]
+        contents = {file["path"]: base64.b64decode(file["content"]) for file in files}
+        oid = repository.commit(contents, revision)
         url = f"http://{self.headers['Host']}/{owner}/{name}/commit/{oid}"
         return self._json(200, {"commitUrl": url, "commitOid": oid, "success": True})
 

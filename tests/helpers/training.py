@@ -6,8 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
@@ -21,10 +21,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import save_file
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 from zoo import CASES
 
 from t5slim.distill import DistillConfig, DistillResult, train
@@ -42,17 +42,17 @@ SETTINGS = DistillConfig.__dataclass_fields__
 
 
 def pipeline_and_kwargs(name: str, steps: int = 3) -> tuple[Any, dict[str, Any]]:
-    """A tiny pipeline and how it is called; "bria" is one that doesn't pad its prompts."""
-    if name == "bria":
-        return CASES["BriaPipeline"].pipe(), CASES["BriaPipeline"].call()
+    """A pipeline of `tiny` or of `zoo`, and how it is called."""
+    if name in CASES:
+        return CASES[name].pipe(), CASES[name].call()
     pipe = TINY_PIPELINES[name]()
     return pipe, call_kwargs(pipe, steps)
 
 
 def calls_of(module: torch.nn.Module) -> list[Any]:
-    """A list that will hold the arguments of each call of a module."""
+    """A list that will hold keyword arguments and output of each call of a module."""
     calls: list[Any] = []
-    module.register_forward_hook(lambda _, args, output: calls.append(args))
+    module.register_forward_hook(lambda _, *call: calls.append(call[1:]), with_kwargs=True)
     return calls
 
 
@@ -64,9 +64,7 @@ def run(pipe: Any, student: Any = None, prompts: Any = PROMPTS[:4], **changes: A
     """A short run: arguments of `train`, and settings that are changed."""
     config = quick(**{name: changes.pop(name) for name in list(changes) if name in SETTINGS})
     student = tiny_student(pipe) if student is None else student
-    if "pipeline_kwargs" not in changes:
-        changes["pipeline_kwargs"] = call_kwargs(pipe)
-    return train(pipe, student, prompts, config, **changes)
+    return train(pipe, student, prompts, config, **{"pipeline_kwargs": call_kwargs(pipe)} | changes)
 
 
 def losses(result: DistillResult) -> list[float]:
@@ -88,13 +86,6 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
 
 
-class Thing:
-    """An object of somebody's own."""
-
-    def __init__(self, **attributes: Any) -> None:
-        vars(self).update(attributes)
-
-
 def contents(file: Path) -> None:
     """Write what values of many kinds are known by in this process."""
     image, ones = Image.linear_gradient("L").resize((4, 4)), torch.ones(2)
@@ -105,8 +96,9 @@ def contents(file: Path) -> None:
         ones, ones.bfloat16(), ones[None], -ones, ones.numpy(), ones.double().numpy(),
         np.float32(1), np.array(["a", None], dtype=object), b"a", b"b", bytearray(b"a"), 1j,
         {1: "a"}, {"1": "a"}, {(1, 2): ones}, {"a", "b", "c"}, {"a", "b", "d"}, Path("a"),
-        Thing(a=1), Thing(a=[image]), Thing(a=(image.rotate(90),)), Thing, contents,
-        partial(Thing, a=1), partial(contents, 1), torch.float16, slice(1, 2), {"a": [{"b": ones}]},
+        Namespace(a=1), Namespace(a=[image]), Namespace(a=(image.rotate(90),)), Namespace, contents,
+        partial(Namespace, a=1), partial(contents, 1), torch.float16, slice(1, 2),
+        {"a": [{"b": ones}]},
     ]  # fmt: skip
     file.write_text(json.dumps([_by_content(value) for value in values]))
 
@@ -148,42 +140,25 @@ def resumable(
         return run(pipe or tiny_flux(), **changes)
 
 
-def distributed(folder: Path, name: str, processes: int, **changes: Any) -> None:
-    """A run in several processes: each writes its result and its student into `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (processes, port, folder, name, changes)
-    torch.multiprocessing.start_processes(
-        _one_of_several, arguments, processes, start_method="forkserver"
-    )
-
-
-def _one_of_several(
-    rank: int, processes: int, port: int, folder: Path, name: str, changes: dict[str, Any]
-) -> None:
+def distributed(name: str, processes: int, changes: dict[str, Any]) -> list[DistillResult]:
+    """What `comparable` returns in each of several processes."""
     # As torchrun does; `accelerate launch` starts several processes on CPUs by MPI only.
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="1")
-    comparable(folder, name, **changes)
-    torch.distributed.destroy_process_group()
+    standalone: Any = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "1")
+        launch = elastic_launch(LaunchConfig(1, 1, processes, **standalone), comparable)
+        return [*launch(name, changes).values()]
 
 
-def comparable(folder: Path, name: str, sharded: bool = False, **changes: Any) -> None:
+def comparable(name: str, changes: dict[str, Any]) -> DistillResult:
     """A run without dropout, whose draws would be those of its process."""
     torch.set_num_threads(1)
     pipe = TINY_PIPELINES[name]()
     student = tiny_student(pipe, dropout_rate=0.0)
-    if sharded:
+    if changes.pop("sharded", False):
         shard(pipe.transformer)
     changes = {"eval_every": 2, "eval_prompts": PROMPTS[:1], "reservoir_size": 16} | changes
-    result = run(pipe, student, PROMPTS, **changes)
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    save_file(dict(student.named_parameters()), folder / f"student-{rank}.safetensors")
-    names = ("gap", "teacher_samples", "student_samples")
-    facts = {"losses": losses(result)} | {name: getattr(result, name) for name in names}
-    (folder / f"result-{rank}.json").write_text(json.dumps(facts))
+    return run(pipe, student, PROMPTS, **changes)
 
 
 def shard(transformer: Any) -> None:

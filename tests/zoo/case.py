@@ -49,28 +49,20 @@ INPUTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline class: all in which it differs from what its signatures say.
+    """A pipeline class: all in which it differs from what its signatures say."""
 
-    Attributes:
-        name: of the class in diffusers.
-        components: arguments of `tiny`.
-        changes: of the arguments of a call; None takes one away.
-        fallback: for one that a student runs through the pipeline's own code, and not with its
-            embeddings put where the teacher's stood: a part of the reason that the library gives.
-        refused: for one that can't be distilled for: a part of the message.
-        prompts: how many of `tiny.PROMPTS` go through it together, as some pipelines take one only;
-            or which.
-        attributes: set on the pipeline, for lengths that aren't in its components' configs.
-        student: sizes of the student, where the pipeline asks for more than its width.
-    """
-
-    name: str
-    components: Mapping[str, Any] = field(default_factory=dict)
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # of the class in diffusers
+    components: Mapping[str, Any] = field(default_factory=dict)  # arguments of `tiny`
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of a call; None takes one away
+    # For one that a student runs through the pipeline's own code, and not with its embeddings put
+    # where the teacher's stood: a part of the reason that the library gives.
     fallback: str = ""
-    refused: str = ""
+    refused: str = ""  # for one that can't be distilled for: a part of the message
+    # How many of `tiny.PROMPTS` go through it together, as some take one only; or which.
     prompts: int | tuple[str, ...] = 2
+    # Set on the pipeline, for lengths that aren't in its components' configs.
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    # Sizes of the student, where the pipeline asks for more than its width.
     student: Mapping[str, int] = field(default_factory=dict)
 
     @property

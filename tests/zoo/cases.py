@@ -56,7 +56,6 @@ FLUX = [
 
 # --- Stable Diffusion 3 ---
 
-
 STABLE_DIFFUSION_3 = [
     Case("StableDiffusion3Pipeline", changes=NEGATIVE),
     Case("StableDiffusion3Img2ImgPipeline", changes=NEGATIVE | EACH),
