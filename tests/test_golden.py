@@ -9,7 +9,9 @@ results are equal bit for bit; against the literals, which another machine wrote
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers.pipelines import generate, quiet
-from helpers.training import assert_same
+from helpers.training import assert_same, spawn
 from safetensors.torch import load_file
 from shapes_world.generation import CALL, STUDENT, load_pipeline
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs
@@ -215,3 +217,39 @@ def test_files_of_a_saved_patched_pipeline(tmp_path: Path) -> None:
     # Written since, as older readers want it where the output isn't 4096 wide.
     assert configs[0] == configs[1] | {"out_dim": 32}
     assert_same(*tensors)
+
+
+def start(folder: Path, dies: bool = False) -> tuple[SlimT5Encoder, list[float], int]:
+    """A run that goes on where it can: its student, its losses, and how many denoiser calls.
+
+    If it `dies`, then in the third call after the first checkpoint.
+    """
+    torch.set_num_threads(1)
+    pipe = golden_pipeline("flux")
+    calls, after = [], []
+
+    def count(*_: Any) -> None:
+        calls.append(1)
+        if dies and any(folder.glob("checkpoints/0*")):
+            after.append(1)
+            if len(after) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    pipe.transformer.register_forward_hook(count)
+    # Without Fisher's information, for which a resumed run calls the denoiser again.
+    objective = {"velocity": 1, "embedding": 1}
+    changes: dict[str, Any] = {"ema_decay": 0.9, "checkpoint_every": 6, "objective": objective}
+    student, losses = run(pipe, golden_student(dropout_rate=0.1), folder, **changes)
+    return student, losses, len(calls)
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    whole, losses, calls = start(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    killed = spawn(start, folder, dies=True)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    resumed, others, fewer = start(folder)
+    assert fewer < calls
+    assert_same(resumed.state_dict(), whole.state_dict())
+    assert losses == others and len(losses) == CONFIG["max_steps"]

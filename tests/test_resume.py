@@ -34,6 +34,7 @@ from tiny import PROMPTS, call_kwargs, tiny_flux, tiny_student
 from zoo.case import image
 
 from t5slim import SlimT5Encoder
+from t5slim.distill.checkpoint import load_checkpoint
 from t5slim.errors import ConfigError, DistillError
 
 STEPS = RESUMED["max_steps"]
@@ -161,6 +162,21 @@ def test_other_settings_resume_exactly(changes: dict[str, Any], tmp_path: Path) 
     assert len(again.history) == (3 if "samples_every" in changes else 5)
     images = [{p.name: p.read_bytes() for p in f.glob("samples-*")} for f in folders]
     assert images[0] == images[1] and len(images[0]) == (2 if "samples_every" in changes else 0)
+
+
+def test_no_flipped_bit_is_believed(whole: Path, tmp_path: Path) -> None:
+    older, newest = [*checkpoints(whole).values()][-2:]
+    identity = json.loads((whole / "distillation.json").read_text())["identity"]
+    shutil.copy(older, tmp_path)
+    content = newest.read_bytes()
+    places = random.Random(0).sample(range(len(content)), 300)
+    for place in (0, 7, 8, *places):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        (tmp_path / newest.name).write_bytes(changed)
+        assert load_checkpoint(tmp_path, identity)["result"]["steps"] == STEPS - 2
+    (tmp_path / newest.name).write_bytes(content)
+    assert load_checkpoint(tmp_path, identity)["result"]["steps"] == STEPS
 
 
 def write_checkpoint(folder: Path, step: int, metadata: Any, tensors: Any) -> None:
