@@ -33,12 +33,12 @@ from t5slim.slot import TextSlot
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shapes_world.generation import CALL, PIPELINE, STUDENT, captions
 
-ENCODERS = ["teacher", "student", "no text"]
+ENCODERS = ["Teacher", "Student", "No text"]
 GAIN = 4  # of the difference, most of which would be too dark to be seen
 PROMPTS = [
-    "a portrait of an old fisherman in warm evening light, film photograph",
-    "a red cube on the left of a blue sphere, and a green cone behind them",
     'a fox holding a sign that says "hello"',
+    "a red cube on the left of a blue sphere, and a green cone behind them",
+    "a portrait of an old fisherman in warm evening light, film photograph",
 ]
 CODE = """\
 import torch
@@ -98,10 +98,10 @@ class Demo:
             times.append(time.perf_counter())
 
         text: dict[str, Any] = {"prompt": prompt}
-        if encoder == "no text":  # a list: FLUX and SD3 take an empty string for none given
+        if encoder == "No text":  # a list: FLUX and SD3 take an empty string for none given
             text[self.text_argument] = [""]
         with ExitStack() as stack:
-            if encoder == "student":
+            if encoder == "Student":
                 teacher = TextSlot(pipe).encoder
                 patch_pipeline(pipe, self.student, keep_teacher=True)
                 stack.callback(self.student.to, "cpu")
@@ -112,21 +112,22 @@ class Demo:
             stack.enter_context(module.register_forward_hook(clock))
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
+            clock()
             generator = torch.Generator().manual_seed(seed)
             call = self.call | {"num_inference_steps": steps}
             image = pipe(**text, generator=generator, **call).images[0]
-            seconds = time.perf_counter() - start
-            encoding = sum(times[1::2]) - sum(times[::2])  # SD3 also encodes its negative prompt
+            clock()
+            seconds = times[-1] - times[0]
+            encoding = sum(times[2:-1:2]) - sum(times[1:-1:2])  # SD3 has a negative prompt, too
             millions = sum(weight.numel() for weight in module.parameters()) / 1e6
             mib = sum(weight.nbytes for weight in module.parameters()) / 2**20
             costs = [
-                f"Image: **{seconds:.2f} s**, of which T5 encodes for **{encoding:.4f} s**",
-                f"Weights of this T5: {millions:,.2f} M, **{mib:,.2f} MiB**",
+                f"{seconds:.2f} s in all, {encoding:.3f} s of them to encode",
+                f"Encoder: {millions:,.2f} M weights, {mib:,.2f} MiB",
             ]
             if cuda:
                 peak = torch.cuda.max_memory_allocated() / 2**30
-                costs.append(f"Peak GPU memory, with this T5 alone: **{peak:.2f} GiB**")
+                costs.append(f"Peak GPU memory with this encoder alone: {peak:.2f} GiB")
         return image, "  \n".join(costs)
 
     def compare(
@@ -147,7 +148,7 @@ class Demo:
             change = ImageChops.difference(teacher, student)
             mean = sum(ImageStat.Stat(change).mean) / len(change.getbands())
             outputs[6] = change.point(lambda level: level * GAIN)
-            outputs[7] = f"Mean difference: **{mean:.2f}** of 255 levels"
+            outputs[7] = f"Mean: {mean:.2f} of 255 levels  \nShown {GAIN} times as bright"
             yield outputs
 
     def code(self, prompt: str, seed: int, steps: int) -> str:
@@ -159,26 +160,28 @@ class Demo:
 
     def page(self, prompts: list[str], steps: int) -> gr.Blocks:
         """The page, with prompts and a number of steps to begin with."""
-        others = "" if self.text_argument == "prompt" else ", other encoders the prompt"
-        labels = ["Teacher", "Student", f"No text: T5 reads an empty prompt{others}"]
-        labels += [f"Difference of teacher and student, {GAIN} times as bright"]
+        others = "" if self.text_argument == "prompt" else " and every other encoder reads yours"
         outputs: list[Any] = []
         with gr.Blocks(title="t5slim", analytics_enabled=False) as page:
             gr.Markdown(
-                f"# t5slim\n{type(self.pipe).__name__} with its teacher T5, with a student in its "
-                "place, and without a text, from the same noise"
+                f"# t5slim\nThe same prompt and noise in this {type(self.pipe).__name__}, under its "
+                "T5 (the teacher), under a student in its place, and under no text at all, for which "
+                f"the teacher reads an empty prompt{others}."
             )
             prompt = gr.Textbox(prompts[0], label="Prompt")
             gr.Examples(prompts, prompt, label="Prompts to try")
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53)
+                seed = gr.Number(0, label="Seed", precision=0)
                 count = gr.Slider(1, max(50, steps), steps, step=1, label="Steps")
                 encoders = gr.CheckboxGroup(ENCODERS, value=ENCODERS, label="Encoders")
             button = gr.Button("Generate", variant="primary")
             with gr.Row():
-                for label in labels:
-                    with gr.Column(min_width=240):
-                        outputs += [gr.Image(label=label, format="png"), gr.Markdown()]
+                for name in [*ENCODERS, "Difference"]:
+                    with gr.Column(min_width=140):
+                        gr.Markdown(f"### {name}")
+                        shown: Any = {"show_label": False, "buttons": ["download", "fullscreen"]}
+                        image = gr.Image(label=name, format="png", elem_classes="picture", **shown)
+                        outputs += [image, gr.Markdown()]
             code = self.code(prompts[0], 0, steps)
             outputs.append(gr.Code(code, language="python", label="The same in Python"))
             # One generation at a time: each changes the pipeline.
@@ -200,7 +203,7 @@ def main() -> None:
     if torch.cuda.is_available():
         dtype, device = torch.bfloat16, "cuda"
     if args.pipeline == miniature:
-        _, prompts = captions(1, held_out=True)
+        prompts = captions(1, held_out=True, chatter=0)[1][::-1]
         args.student, call, dtype = args.student or os.path.relpath(STUDENT), CALL, torch.float32
     pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
     pipe.enable_model_cpu_offload() if args.cpu_offload else pipe.to(device)
@@ -213,7 +216,10 @@ def main() -> None:
     for encoder in ENCODERS:  # the first call under each is slower than those that follow
         demo.generate(encoder, prompts[0], 0, 1)
     steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-    demo.page(prompts, call.get("num_inference_steps", steps)).launch(footer_links=[])
+    scaling = "pixelated" if args.pipeline == miniature else "auto"
+    css = ".picture .image-frame { width: 100%; }"
+    css += f".picture img {{ object-fit: contain; image-rendering: {scaling}; }}"
+    demo.page(prompts, call.get("num_inference_steps", steps)).launch(footer_links=[], css=css)
 
 
 if __name__ == "__main__":
