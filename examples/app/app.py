@@ -160,13 +160,13 @@ class Demo:
 
     def page(self, prompts: list[str], steps: int) -> gr.Blocks:
         """The page, with prompts and a number of steps to begin with."""
-        others = "" if self.text_argument == "prompt" else " and every other encoder reads yours"
+        others = "" if self.text_argument == "prompt" else ", while every other encoder reads yours"
         outputs: list[Any] = []
         with gr.Blocks(title="t5slim", analytics_enabled=False) as page:
             gr.Markdown(
-                f"# t5slim\nThe same prompt and noise in this {type(self.pipe).__name__}, under its "
-                "T5 (the teacher), under a student in its place, and under no text at all, for which "
-                f"the teacher reads an empty prompt{others}."
+                f"# t5slim\nThe same prompt and noise in a {type(self.pipe).__name__}: under its "
+                "T5, the teacher; under a student in its place; and under no text at all, which is "
+                f"the teacher that reads an empty prompt{others}."
             )
             prompt = gr.Textbox(prompts[0], label="Prompt")
             gr.Examples(prompts, prompt, label="Prompts to try")
