@@ -1,15 +1,12 @@
-"""The page of examples/app/: its images, its code, and the page itself in a browser."""
+"""The page of examples/app/, with `pip install gradio` and, for the browser, `playwright`."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,49 +16,52 @@ from t5slim import SlimT5Encoder, patch_pipeline
 from t5slim.slot import TextSlot
 
 gr = pytest.importorskip("gradio")
-ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVE = """(async () => {
-const all = selector => [...document.querySelectorAll(selector)];
-const until = async found => {
-  for (let i = 0; i < 600 && !found(); i++) await new Promise(done => setTimeout(done, 100));
-  return found();
-};
-const prompt = await until(() => document.querySelector("textarea"));
-prompt.value = 'a "red" <b> circle';
-prompt.dispatchEvent(new Event("input"));
-all("button").find(button => button.textContent.trim() === "Generate").click();
-await until(() => document.body.textContent.includes("Mean difference"));
-return {
-  images: all("img").filter(image => image.naturalWidth === 64).length,
-  code: all(".cm-line").map(line => line.textContent).join("\\n"),
-  width: document.documentElement.scrollWidth,
-};
-})()"""
+CHROMIUM = shutil.which("chromium")
+APP = Path(__file__).parents[2] / "examples" / "app" / "app.py"
 
 
 @pytest.mark.parametrize(("folder", "student"), [(PIPELINE, STUDENT), (SD3, SD3_STUDENT)])
-def test_the_printed_code_generates_the_images(
+def test_the_code_it_shows_generates_its_images(
     folder: Path, student: Path, tmp_path: Path
 ) -> None:
     from app.app import ENCODERS, Demo
 
-    pipe = load_pipeline(folder)
+    pipe, own = load_pipeline(folder), SlimT5Encoder.from_pretrained(student)
     pipe.save_pretrained(tmp_path)
-    teacher, own = TextSlot(pipe).encoder, SlimT5Encoder.from_pretrained(student)
-    names = {"pipeline": str(tmp_path), "student": str(student)}
-    demo = Demo(pipe, own, CALL, names | {"dtype": "torch.float32", "place": 'to("cpu")'})
-    *_, outputs = demo.compare('the yellow word "RL" on white', 3, 4, ENCODERS)
-    printed: dict[str, Any] = {}
-    exec(outputs[-1], printed)
-    images = [np.asarray(image, int) for image in outputs[:8:2]]
+    teacher, names = TextSlot(pipe).encoder, {"pipeline": str(tmp_path), "student": str(student)}
+    names |= {"dtype": "torch.float32", "place": f'to("{pipe.device}")'}
+    *_, outputs = Demo(pipe, own, CALL, names).compare('the yellow word "RL"', 3, 4, ENCODERS)
+    exec(outputs[-1], shown := {})
+    one, other, nothing, difference = images = [np.asarray(image, int) for image in outputs[:8:2]]
     for name, image in zip(["teacher", "student", "no_text"], images, strict=False):
-        assert abs(image - np.asarray(printed[name], int)).max() <= 1, name
-    assert abs(images[0] - images[2]).mean() > abs(images[0] - images[1]).mean() > 0
-    assert np.array_equal(images[3], np.minimum(255, 4 * abs(images[0] - images[1])))
+        assert abs(image - np.asarray(shown[name], int)).max() <= 1, name
+    assert abs(one - nothing).mean() > abs(one - other).mean() > 0
+    assert np.array_equal(difference, np.minimum(255, 4 * abs(one - other)))
     assert TextSlot(pipe).encoder is teacher and "_t5slim_original" not in vars(pipe)
-
-    patch_pipeline(pipe, own)
     with pytest.raises(gr.Error, match="already holds a student: unpatch it"):
-        list(demo.compare("a red circle", 0, 1, ENCODERS))
-    assert TextSlot(pipe).encoder is own
+        list(Demo(patch_pipeline(pipe, own), own, CALL, names).compare("", 0, 1, ENCODERS))
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with subprocess.Popen([sys.executable, "-u", APP], stdout=subprocess.PIPE, text=True) as app:
+        yield next(line.split()[-1] for line in app.stdout if "http://" in line)
+        app.kill()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here")
+def test_the_page_in_a_browser(url: str) -> None:
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        for width in (390, 1280):
+            page, asked = browser.new_page(viewport={"width": width, "height": 800}), []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto(url)
+            page.get_by_label("Prompt").fill("a <b>red</b> circle")
+            page.get_by_role("button", name="Generate").click()
+            page.get_by_text("of 255 levels").wait_for(timeout=100_000)
+            assert page.locator(".picture img").count() == 4
+            assert "'a <b>red</b> circle', 0" in page.locator(".cm-content").inner_text()
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert all(address.startswith((url, "data:")) for address in asked)
