@@ -3,8 +3,7 @@
     python examples/app/app.py
     python examples/app/app.py --pipeline black-forest-labs/FLUX.1-dev --cpu-offload
 
-The first opens the miniature pipeline of `shapes_world/` and its student, the second a pipeline of
-yours, with the student published for FLUX.1 or that of `--student`.
+The first opens the miniature pipeline of `shapes_world/`, the second one of yours.
 """
 
 from __future__ import annotations
@@ -119,11 +118,10 @@ class Demo:
             clock()
             seconds = times[-1] - times[0]
             encoding = sum(times[2:-1:2]) - sum(times[1:-1:2])  # SD3 has a negative prompt, too
-            millions = sum(weight.numel() for weight in module.parameters()) / 1e6
             mib = sum(weight.nbytes for weight in module.parameters()) / 2**20
             costs = [
                 f"{seconds:.2f} s in all, {encoding:.3f} s of them to encode",
-                f"Encoder: {millions:,.2f} M weights, {mib:,.2f} MiB",
+                f"Weights of the encoder: {mib:,.1f} MiB",
             ]
             if cuda:
                 peak = torch.cuda.max_memory_allocated() / 2**30
@@ -211,7 +209,8 @@ def main() -> None:
     student = TextSlot(pipe).encoder
     unpatch_pipeline(pipe)
     place = "enable_model_cpu_offload()" if args.cpu_offload else f'to("{device}")'
-    names = vars(args) | {"dtype": dtype, "place": place}
+    names = {"pipeline": args.pipeline, "student": student.config.name_or_path}
+    names |= {"dtype": dtype, "place": place}
     demo = Demo(pipe, student.to("cpu"), call, names)
     for encoder in ENCODERS:  # the first call under each is slower than those that follow
         demo.generate(encoder, prompts[0], 0, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from t5slim import SlimT5Encoder, patch_pipeline
 from t5slim.slot import TextSlot
 
 gr = pytest.importorskip("gradio")
-CHROMIUM = shutil.which("chromium")
 APP = Path(__file__).parents[2] / "examples" / "app" / "app.py"
 
 
@@ -42,18 +40,13 @@ def test_the_code_it_shows_generates_its_images(
         list(Demo(patch_pipeline(pipe, own), own, CALL, names).compare("", 0, 1, ENCODERS))
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
-    with subprocess.Popen([sys.executable, "-u", APP], stdout=subprocess.PIPE, text=True) as app:
-        yield next(line.split()[-1] for line in app.stdout if "http://" in line)
-        app.kill()
-
-
 @pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here")
-def test_the_page_in_a_browser(url: str) -> None:
+def test_on_a_phone_and_a_laptop_and_without_other_servers(request: pytest.FixtureRequest) -> None:
     with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        app = subprocess.Popen([sys.executable, "-u", APP], stdout=subprocess.PIPE, text=True)
+        request.addfinalizer(app.kill)
+        url = next(line.split()[-1] for line in app.stdout if "http://" in line)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
         for width in (390, 1280):
             page, asked = browser.new_page(viewport={"width": width, "height": 800}), []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
