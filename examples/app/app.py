@@ -131,23 +131,21 @@ class Demo:
     def compare(
         self, prompt: str, seed: int, steps: int, encoders: list[str]
     ) -> Iterator[list[Any]]:
-        """Image and costs of each encoder, difference and its mean, code: as they are ready."""
-        outputs: list[Any] = [None, ""] * 4 + [self.code(prompt, seed, steps)]
-        yield outputs
+        """What changes among the outputs of the page: code, then column by column."""
+        images: dict[str, Image.Image] = {}
+        yield [None, ""] * 4 + [self.code(prompt, seed, steps)]
         try:
             for i, encoder in enumerate(ENCODERS):
                 if encoder in encoders:
-                    outputs[2 * i : 2 * i + 2] = self.generate(encoder, prompt, seed, steps)
-                    yield outputs
+                    images[encoder], costs = self.generate(encoder, prompt, seed, steps)
+                    yield column(i, images[encoder], costs)
         except Exception as error:
             raise gr.Error(escape(str(error)), title=type(error).__name__, duration=None) from error
-        teacher, _, student, *_ = outputs
-        if teacher and student:
-            change = ImageChops.difference(teacher, student)
-            mean = sum(ImageStat.Stat(change).mean) / len(change.getbands())
-            outputs[6] = change.point(lambda level: level * GAIN)
-            outputs[7] = f"Mean: {mean:.2f} of 255 levels  \nShown {GAIN} times as bright"
-            yield outputs
+        if {"Teacher", "Student"} <= images.keys():
+            change = ImageChops.difference(images["Teacher"], images["Student"])
+            mean = sum(ImageStat.Stat(change).mean) / 3
+            text = f"Mean: {mean:.2f} of 255 levels  \nShown {GAIN} times as bright"
+            yield column(3, change.point(lambda level: level * GAIN), text)
 
     def code(self, prompt: str, seed: int, steps: int) -> str:
         """Lines that generate the same images without this page."""
@@ -180,13 +178,20 @@ class Demo:
                         shown: Any = {"show_label": False, "buttons": ["download", "fullscreen"]}
                         image = gr.Image(label=name, format="png", elem_classes="picture", **shown)
                         outputs += [image, gr.Markdown()]
-            code = self.code(prompts[0], 0, steps)
-            outputs.append(gr.Code(code, language="python", label="The same in Python"))
+            code: Any = {"value": self.code(prompts[0], 0, steps), "language": "python"}
+            outputs.append(gr.Code(**code, label="The same in Python", show_line_numbers=False))
             # One generation at a time: each changes the pipeline.
             inputs: Any = [prompt, seed, count, encoders]
             triggers = [button.click, prompt.submit]
             gr.on(triggers, self.compare, inputs, outputs, concurrency_limit=1)
         return page
+
+
+def column(i: int, image: Image.Image, text: str) -> list[Any]:
+    """Outputs of which one column changes: Gradio writes each image again that it is given."""
+    outputs = [gr.skip()] * 9
+    outputs[2 * i : 2 * i + 2] = image, text
+    return outputs
 
 
 def main() -> None:

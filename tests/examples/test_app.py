@@ -28,9 +28,11 @@ def test_the_code_it_shows_generates_its_images(
     pipe.save_pretrained(tmp_path)
     teacher, names = TextSlot(pipe).encoder, {"pipeline": str(tmp_path), "student": str(student)}
     names |= {"dtype": "torch.float32", "place": f'to("{pipe.device}")'}
-    *_, outputs = Demo(pipe, own, CALL, names).compare('the yellow word "RL"', 3, 4, ENCODERS)
-    exec(outputs[-1], shown := {})
-    one, other, nothing, difference = images = [np.asarray(image, int) for image in outputs[:8:2]]
+    (*_, code), *columns = Demo(pipe, own, CALL, names).compare('the word "RL"', 3, 4, ENCODERS)
+    exec(code, shown := {})
+    one, other, nothing, difference = images = [
+        np.asarray(c[2 * i], int) for i, c in enumerate(columns)
+    ]
     for name, image in zip(["teacher", "student", "no_text"], images, strict=False):
         assert abs(image - np.asarray(shown[name], int)).max() <= 1, name
     assert abs(one - nothing).mean() > abs(one - other).mean() > 0
