@@ -19,9 +19,7 @@ APP = Path(__file__).parents[2] / "examples" / "app" / "app.py"
 
 
 @pytest.mark.parametrize(("folder", "student"), [(PIPELINE, STUDENT), (SD3, SD3_STUDENT)])
-def test_the_code_it_shows_generates_its_images(
-    folder: Path, student: Path, tmp_path: Path
-) -> None:
+def test_its_code_generates_its_images(folder: Path, student: Path, tmp_path: Path) -> None:
     from app.app import ENCODERS, Demo
 
     pipe, own = load_pipeline(folder), SlimT5Encoder.from_pretrained(student)
@@ -30,9 +28,8 @@ def test_the_code_it_shows_generates_its_images(
     names |= {"dtype": "torch.float32", "place": f'to("{pipe.device}")'}
     (*_, code), *columns = Demo(pipe, own, CALL, names).compare('the word "RL"', 3, 4, ENCODERS)
     exec(code, shown := {})
-    one, other, nothing, difference = images = [
-        np.asarray(c[2 * i], int) for i, c in enumerate(columns)
-    ]
+    images = [np.asarray(column[2 * i], int) for i, column in enumerate(columns)]
+    one, other, nothing, difference = images
     for name, image in zip(["teacher", "student", "no_text"], images, strict=False):
         assert abs(image - np.asarray(shown[name], int)).max() <= 1, name
     assert abs(one - nothing).mean() > abs(one - other).mean() > 0
@@ -54,6 +51,7 @@ def test_on_a_phone_and_a_laptop_and_without_other_servers(request: pytest.Fixtu
             page.on("request", lambda request, asked=asked: asked.append(request.url))
             page.goto(url)
             page.get_by_label("Prompt").fill("a <b>red</b> circle")
+            page.locator("input[type=number]").last.fill("2")  # steps
             page.get_by_role("button", name="Generate").click()
             page.get_by_text("of 255 levels").wait_for(timeout=100_000)
             assert page.locator(".picture img").count() == 4
