@@ -49,11 +49,12 @@ def test_on_a_phone_and_a_laptop_and_without_other_servers(request: pytest.Fixtu
         for width in (390, 1280):
             page, asked = browser.new_page(viewport={"width": width, "height": 800}), []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.set_default_timeout(120_000)
             page.goto(url)
-            page.get_by_label("Prompt").fill("a <b>red</b> circle")
+            page.get_by_label("Prompt", exact=True).fill("a <b>red</b> circle")
             page.locator("input[type=number]").last.fill("2")  # steps
             page.get_by_role("button", name="Generate").click()
-            page.get_by_text("of 255 levels").wait_for(timeout=100_000)
+            page.get_by_text("of 255 levels").wait_for()
             assert page.locator(".picture img").count() == 4
             assert "'a <b>red</b> circle', 0" in page.locator(".cm-content").inner_text()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
