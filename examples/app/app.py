@@ -140,7 +140,8 @@ class Demo:
                     images[encoder], costs = self.generate(encoder, prompt, seed, steps)
                     yield column(i, images[encoder], costs)
         except Exception as error:
-            raise gr.Error(escape(str(error)), title=type(error).__name__, duration=None) from error
+            text = escape(f"{type(error).__name__}: {error}")
+            raise gr.Error(text, duration=None) from error
         if {"Teacher", "Student"} <= images.keys():
             change = ImageChops.difference(images["Teacher"], images["Student"])
             mean = sum(ImageStat.Stat(change).mean) / 3
