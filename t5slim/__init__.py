@@ -20,7 +20,7 @@ from .errors import (
     PatchError,
     T5SlimError,
 )
-from .patch import patch_pipeline, unpatch_pipeline
+from .patch import patch_pipeline, students, unpatch_pipeline
 
 if TYPE_CHECKING:
     from . import distill as distill
@@ -39,6 +39,7 @@ __all__ = [
     "SlimT5Encoder",
     "T5SlimError",
     "patch_pipeline",
+    "students",
     "unpatch_pipeline",
 ]
 

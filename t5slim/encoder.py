@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, T5Config, T5EncoderModel, UMT5EncoderModel
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+from transformers import T5Config, T5EncoderModel, UMT5EncoderModel
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for it in this module
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
@@ -307,6 +308,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         repo_id: str,
         *,
         notes: str = "",
+        metadata: Mapping[str, Any] | None = None,
         files: Sequence[str | os.PathLike[str]] = (),
         **kwargs: Any,
     ) -> str:
@@ -318,6 +320,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         Args:
             repo_id: `owner/name`; made where needed.
             notes: Further facts for the card, in Markdown, such as how the student was trained.
+            metadata: Of the card, such as `{"license": "apache-2.0"}`; as of `ModelCardData`.
             files: Further files to upload, such as images that `notes` shows.
             **kwargs: `token`; `private`, of a new repository; and what else
                 `HfApi.upload_folder` takes, such as `revision`.
@@ -335,11 +338,13 @@ class SlimT5Encoder(T5PreTrainedModel):
             try:
                 api.get_hf_file_metadata(url=url)
             except RemoteEntryNotFoundError:  # no other failure means that there is no card
-                hub.model_card(self, repo_id, notes).save(Path(folder, "README.md"))
+                card = hub.model_card(self, repo_id, notes, **metadata or {})
+                card.save(Path(folder, "README.md"))
             kwargs = {"commit_message": "Upload a t5slim student"} | kwargs
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 
-# What makes `import t5slim` enough for AutoModel.from_pretrained to give a student.
+# What makes `import t5slim` enough for from_pretrained of these to give a student.
 AutoConfig.register(SlimT5Config.model_type, SlimT5Config)
 AutoModel.register(SlimT5Config, SlimT5Encoder)
+AutoModelForTextEncoding.register(SlimT5Config, SlimT5Encoder)

@@ -223,16 +223,19 @@ def write_atomic(path: Path, content: bytes) -> None:
         Path(folder, path.name).write_bytes(content)
 
 
-def model_card(student: PreTrainedModel, repo_id: str, notes: str = "") -> ModelCard:
+def model_card(
+    student: PreTrainedModel, repo_id: str, notes: str = "", **metadata: Any
+) -> ModelCard:
     """The card of a student, by `model_card.md`.
 
     Args:
         student: Its sizes, and the T5 that it was made from, are in the card.
         repo_id: Name of the repository or folder.
         notes: Further facts, in Markdown, such as how the student was trained.
+        **metadata: Of `huggingface_hub.ModelCardData`, such as `license`.
     """
-    base = getattr(student.config, "base_model", None)
-    tags = ["t5slim", "t5", "text-to-image", "diffusers"]
-    data = ModelCardData(library_name="t5slim", base_model=base, tags=tags)
+    known = {"base_model": getattr(student.config, "base_model", None), "library_name": "t5slim"}
+    known |= {"pipeline_tag": "text-to-image", "tags": ["t5slim", "t5", "diffusers"]}
+    data = ModelCardData(model_name=repo_id.split("/")[-1], **known | metadata)
     template = str(Path(__file__).with_name("model_card.md"))
     return ModelCard.from_template(data, template, student=student, repo_id=repo_id, notes=notes)

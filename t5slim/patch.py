@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
@@ -14,22 +15,40 @@ from . import hub
 from .encoder import SlimT5Config, SlimT5Encoder
 from .errors import CheckpointError, IncompatibleStudentError, NoT5SlotError, PatchError
 from .slot import TextSlot, check_device_map, compute_dtype, embedding_width, find_hooks, is_student
+from .table import Table
+
+logger = logging.getLogger(__name__)
 
 Student = nn.Module | str | os.PathLike[str]
 
-# Published for FLUX.1-dev by Wang et al.: T5-base, the default, and T5-small. The authors state
-# no licence, and FLUX.1-dev is non-commercial.
-PUBLISHED_STUDENTS = ("LifuWang/DistillT5", "LifuWang/DistillT5-Small")
+# By Wang et al.: from T5-base, the default for FLUX.1, and from T5-small; with their parameters.
+_PUBLISHED = {"LifuWang/DistillT5": "130 M", "LifuWang/DistillT5-Small": "54 M"}
 # Pipelines that take `config.d_model` for the width of T5's embeddings, or add its first hidden
 # state to its last.
 _ONE_WIDTH = ("HunyuanImage", "HunyuanVideo15", "LongCatAudio")
+
+
+class _Students(Table, list[dict[str, str]]):
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [tuple(self[0]), *(tuple(student.values()) for student in self)]
+
+
+def students() -> list[dict[str, str]]:
+    """The students that are published on the Hub, the default of `patch_pipeline` first.
+
+    Returns:
+        A dict for each, of what is known here (nothing is downloaded): Hub id, parameters, the
+        pipeline it was distilled through, licence and measurements. The list prints as a table.
+    """
+    facts = {"pipeline": "black-forest-labs/FLUX.1-dev", "licence": "none stated"}
+    facts |= {"measured in": "arXiv 2503.19897"}
+    return _Students({"student": name, "parameters": n} | facts for name, n in _PUBLISHED.items())
 
 
 @torch.inference_mode(False)  # no training takes a tensor that was made in it
 def patch_pipeline(
     pipe: Any,
     source: Student | None = None,
-    /,
     *,
     student: Student | None = None,
     keep_teacher: bool = False,
@@ -182,8 +201,11 @@ def _load_student(student: Student | None, slot: TextSlot, **access: Any) -> Any
     """A student that fits a slot, loaded where needed; by default the published one."""
     if student is None:
         if "FluxTransformer2DModel" not in str(slot.component_types().get("transformer")):
-            raise IncompatibleStudentError(f"no student is published for {slot}: pass your own.")
-        student = PUBLISHED_STUDENTS[0]
+            raise IncompatibleStudentError(
+                f"no student is published for {slot}: pass your own; or, if its T5 is T5-XXL, try "
+                f"one of FLUX.1-dev's: {', '.join(_PUBLISHED)}."
+            )
+        student = next(iter(_PUBLISHED))
     check_fit(student_config(student, **access), slot)
     if isinstance(student, (str, os.PathLike)):
         return SlimT5Encoder.from_pretrained(student, **access)
@@ -211,6 +233,13 @@ def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
     if not keep:
         del original
         clear_device_cache(garbage_collection=True)  # hooks of offload make cycles
+    # Kontext, Fill and others have denoisers of their own; so has schnell, which takes no guidance.
+    config = getattr(getattr(pipe, "transformer", None), "config", {})
+    name, cls = getattr(student.config, "name_or_path", None), slot.cls.__name__
+    is_dev = cls in ("FluxPipeline", "FluxModularPipeline") and config.get("guidance_embeds", True)
+    if name in _PUBLISHED and not is_dev:
+        advice = f"which this {cls} may not be: measure it with t5slim.evaluate.compare"
+        logger.warning("%s was distilled through FLUX.1-dev, %s.", name, advice)
     return pipe
 
 

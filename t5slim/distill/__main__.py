@@ -1,11 +1,13 @@
 """`t5slim distill`: a run from a YAML file, with arguments that override it; or its dry run.
 
-`t5slim evaluate` shares `command_parser`, `parse_arguments` and `PipelineArguments`.
+`t5slim compare` shares `command_parser`, `parse_arguments` and `PipelineArguments`.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -114,16 +116,18 @@ def load_yaml(text: str) -> Any:
             raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
         if number > _MAX_VALUES:
             raise yaml.YAMLError(f"It has over {_MAX_VALUES} values: put prompts in another file.")
-    return _parse_yaml(text)
+    values = _parse_yaml(text)
+    if isinstance(values, dict) and isinstance(values.get("pipeline"), str):
+        values["pipeline"] = {"name_or_path": values["pipeline"]}
+    return values
 
 
-def command_parser(prog: str) -> ArgumentParser:
-    """Return the parser of a command, so far for a YAML file and the pipeline."""
+def command_parser(prog: str, **how: bool) -> ArgumentParser:
+    """Return the parser of a command, so far for a YAML file and the pipeline, added as `how`."""
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    add = parser.add_argument
-    add("--config", action="config", help="YAML file with any of these arguments")
-    add("--pipeline", type=PipelineArguments | str, required=True, help="Hub id, or how to load it")
+    parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
+    parser.add_class_arguments(PipelineArguments, "pipeline", **how)
     return parser
 
 
@@ -135,12 +139,14 @@ def parse_arguments(
     Returns:
         The arguments, with `pipeline` as `PipelineArguments`; and a YAML file of all of them.
     """
+    # `--pipeline name` is a mapping, too, so that `--pipeline.dtype` can stand beside it.
+    words = "\0".join(sys.argv[1:] if arguments is None else arguments)
+    name = re.compile("(^|\0)--pipeline[=\0]([^{\0][^\0]*)")
+    words = name.sub(lambda m: f"{m[1]}--pipeline={json.dumps({'name_or_path': m[2]})}", words)
     try:
-        given = parser.parse_args(arguments)
+        given = parser.parse_args(words.split("\0") if words else [])
         del given["config"]
         run, text = parser.instantiate(given), parser.dump(given, skip_unset=False)
-        if isinstance(run.pipeline, str):
-            run.pipeline = PipelineArguments(run.pipeline)
         run.pipeline.quantization_config()
         torch.empty(0, device=run.pipeline.device)
     except Exception as error:  # jsonargparse and yaml have no common base of theirs

@@ -19,6 +19,7 @@ from ..errors import ConfigError, DistillError
 from ..hub import check_weights
 from ..patch import check_fit, student_config
 from ..slot import TextSlot, compute_dtype, embedding_width, is_student
+from ..table import Table
 from .objective import velocity_loss
 from .pipeline import batches_of, evaluating, teacher_of
 from .prompts import Prompts, PromptSource
@@ -27,8 +28,8 @@ from .teacher import TeacherEmbeddings, encode_prompts
 from .trajectory import Trajectory, capture
 
 
-@dataclass(frozen=True)
-class GapReport:
+@dataclass(frozen=True, repr=False)
+class GapReport(Table):
     """A velocity gap by prompt and by denoiser call, and where it comes from.
 
     Attributes:
@@ -72,6 +73,10 @@ class GapReport:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.gap:.4f} (95% interval {low:.4f} to {high:.4f}; median {self.median:.4f})"
+
+    def _rows(self) -> list[tuple[str, Any]]:
+        P, C = self.distances.shape
+        return [("velocity gap", f"{self}"), ("measured on", f"{P} prompts, {C} denoiser calls")]
 
 
 def velocity_gap(

@@ -16,12 +16,14 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import __version__
 from ..encoder import SlimT5Encoder
 from ..errors import ConfigError, DistillError
 from ..hub import read_json, write_atomic
+from ..table import Table
 from .config import DistillConfig
 from .metrics import GapReport
 from .pipeline import denoisers, teacher_of, tensor_sha256
@@ -32,11 +34,12 @@ CHECKPOINTS, METADATA, HISTORY = "checkpoints", "distillation.json", "history.js
 # The batch may be cut in other ways, as its product counts.
 _FREE = ["batch_size", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints"]
 _FREE += ["eval_every", "samples_every", "trackers"]
+_FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 _SAVED = {"architectures", "dtype", "transformers_version"}  # what a save adds to a config
 
 
-@dataclass
-class DistillResult:
+@dataclass(repr=False)
+class DistillResult(Table):
     """The outcome of a distillation; `print(result)` shows its numbers.
 
     Attributes:
@@ -54,10 +57,10 @@ class DistillResult:
         peak_memory_gib: The highest use of the main process's GPU, in GiB; None without CUDA.
     """
 
-    student: SlimT5Encoder = field(repr=False)
+    student: SlimT5Encoder
     output_dir: Path | None = None
-    report: GapReport | None = field(default=None, repr=False)
-    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    report: GapReport | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     skipped: int = 0
     seconds: float = 0.0
@@ -82,10 +85,11 @@ class DistillResult:
         self.history.append({name: value for name, value in entry.items() if value is not None})
         return self.history[-1]
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, Any]]:
         shown = {name: round(n, 5) for name, n in self.numbers().items() if n is not None}
         shown |= {"gap": self.report} if self.report else {}
-        return "\n".join(f"{name:<16}  {value}" for name, value in shown.items())
+        shown |= {"output_dir": self.output_dir} if self.output_dir else {}
+        return list(shown.items())
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
@@ -230,6 +234,21 @@ Velocity gap (0: the teacher, 1: an empty prompt): {result.report or "not measur
 {content}
 ```
 """
+
+
+def card_metadata(facts: Mapping[str, Any], result: DistillResult) -> dict[str, Any]:
+    """The distillation's part of the model card's metadata: licence and velocity gap."""
+    metadata: dict[str, Any] = {}
+    if re.search(f"of {_FLUX_DEV}( at|$)", facts["pipeline"]):  # of others, nothing is known
+        link = f"https://huggingface.co/{_FLUX_DEV}/blob/main/LICENSE.md"
+        name = "flux-1-dev-non-commercial-license"
+        metadata |= {"license": "other", "license_name": name, "license_link": link}
+    if result.gap is not None:
+        prompts = f"{facts['identity']['eval_prompts']['prompts']} held-out prompts"
+        gap = ("text-to-image", "prompts", prompts, "velocity-gap", result.gap)
+        name = "velocity gap (0: the teacher, 1: an empty prompt)"
+        metadata["eval_results"] = [EvalResult(*gap, metric_name=name)]
+    return metadata
 
 
 def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:

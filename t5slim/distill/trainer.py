@@ -318,9 +318,10 @@ def _finish(
             report.plot_run(result.history, folder / "run.png")
         images = [*folder.glob("run.png"), *sorted(folder.glob("samples-*.png"))[-1:]]
     notes = report.card_notes(facts, result, [image.name for image in images])
+    metadata = report.card_metadata(facts, result)
     if folder is not None and not (folder / "README.md").exists():  # somebody's own words stay
         with _side_job("The model card"):
-            card = model_card(student, folder.resolve().name, notes)
+            card = model_card(student, folder.resolve().name, notes, **metadata)
             write_atomic(folder / "README.md", str(card).encode())
     if push_to_hub:
-        student.push_to_hub(push_to_hub, notes=notes, files=images)
+        student.push_to_hub(push_to_hub, notes=notes, metadata=metadata, files=images)

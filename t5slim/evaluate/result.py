@@ -103,9 +103,14 @@ class Comparison:
         spreads = spreads.map(lambda spread: "" if math.isnan(spread) else f" ±{spread:.2g}")
         return self.means().map(_number) + spreads
 
+    def _note(self) -> str:
+        return f"±: standard deviation over {self.samples['prompt'].nunique()} prompts."
+
     def __repr__(self) -> str:
-        count = self.samples["prompt"].nunique()
-        return f"{self.table().to_string()}\n\n±: standard deviation over {count} prompts."
+        return f"{self.table().to_string()}\n\n{self._note()}"
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html().replace("<th>  ", "<th>&emsp;") + self._note()
 
     def image_grid(self) -> Image.Image:
         """The images of the first seed: a column for each encoder, headed rows for the prompts."""
