@@ -1,7 +1,5 @@
 """The console command `t5slim`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from importlib import import_module
@@ -12,8 +10,7 @@ from . import __version__, students
 def main() -> None:
     """Run a command of t5slim; `python -m t5slim.distill` and `.evaluate` do the same."""
     commands = {"distill": "distill", "compare": "evaluate", "students": ""}
-    usage = f"t5slim {{{','.join(commands)}}} ... [--help]"
-    parser = argparse.ArgumentParser(prog="t5slim", usage=usage)
+    parser = argparse.ArgumentParser("t5slim", "t5slim {distill,compare,students} ... [--help]")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=commands)
     if module := commands[parser.parse_args(sys.argv[1:2]).command]:

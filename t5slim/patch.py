@@ -1,7 +1,5 @@
 """Put a student in the place of a pipeline's T5, and take it out again."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -23,8 +21,7 @@ Student = nn.Module | str | os.PathLike[str]
 
 # By Wang et al.: from T5-base, the default for FLUX.1, and from T5-small; with their parameters.
 _PUBLISHED = {"LifuWang/DistillT5": "130 M", "LifuWang/DistillT5-Small": "54 M"}
-# Pipelines that take `config.d_model` for the width of T5's embeddings, or add its first hidden
-# state to its last.
+# Pipelines that take `config.d_model` for the width of T5's output, or add its layers' to that.
 _ONE_WIDTH = ("HunyuanImage", "HunyuanVideo15", "LongCatAudio")
 
 
@@ -36,12 +33,9 @@ class _Students(Table, list[dict[str, str]]):
 def students() -> list[dict[str, str]]:
     """The students that are published on the Hub, the default of `patch_pipeline` first.
 
-    Returns:
-        A dict for each, of what is known here (nothing is downloaded): Hub id, parameters, the
-        pipeline it was distilled through, licence and measurements. The list prints as a table.
+    Nothing is downloaded. The list, a dict for each, prints as a table, also in a notebook.
     """
-    facts = {"pipeline": "black-forest-labs/FLUX.1-dev", "licence": "none stated"}
-    facts |= {"measured in": "arXiv 2503.19897"}
+    facts = {"pipeline": "FLUX.1-dev", "licence": "none stated", "measured in": "arXiv 2503.19897"}
     return _Students({"student": name, "parameters": n} | facts for name, n in _PUBLISHED.items())
 
 
@@ -176,9 +170,8 @@ def check_fit(config: Any, slot: TextSlot) -> None:
         IncompatibleStudentError: It has another one.
     """
     tokenizer = slot.tokenizer
-    # T5's embeddings are padded to a multiple of 128: 32,128 for 32,100 tokens, and 256,384 for
-    # UMT5's 256,300. So a vocabulary is recognised by its size, rounded up, with or without the
-    # tokens that a textual inversion added.
+    # With or without the tokens that a textual inversion added, and rounded up, as T5's embeddings
+    # are padded to a multiple of 128: 32,128 for 32,100 tokens.
     sizes = () if tokenizer is None else (len(tokenizer), tokenizer.vocab_size)
     if sizes and all(-(-size // 128) != -(-config.vocab_size // 128) for size in sizes):
         raise IncompatibleStudentError(
@@ -234,10 +227,9 @@ def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
         del original
         clear_device_cache(garbage_collection=True)  # hooks of offload make cycles
     # Kontext, Fill and others have denoisers of their own; so has schnell, which takes no guidance.
-    config = getattr(getattr(pipe, "transformer", None), "config", {})
-    name, cls = getattr(student.config, "name_or_path", None), slot.cls.__name__
-    is_dev = cls in ("FluxPipeline", "FluxModularPipeline") and config.get("guidance_embeds", True)
-    if name in _PUBLISHED and not is_dev:
+    cls, config = slot.cls.__name__, getattr(getattr(pipe, "transformer", None), "config", {})
+    may_be_dev = cls == "FluxPipeline" and config.get("guidance_embeds", True)
+    if (name := getattr(student.config, "name_or_path", None)) in _PUBLISHED and not may_be_dev:
         advice = f"which this {cls} may not be: measure it with t5slim.evaluate.compare"
         logger.warning("%s was distilled through FLUX.1-dev, %s.", name, advice)
     return pipe
@@ -250,8 +242,7 @@ def _load_patched(cls: Any, source: str, student: Student | None, kwargs: dict[s
     if not hasattr(cls, "from_pipe"):
         raise NoT5SlotError(f"expected a class of diffusers' pipelines; got {cls.__name__}.")
     check_device_map(kwargs.get("device_map"))
-    # Before a download, diffusers takes only the libraries of a private table. Where that is gone,
-    # the check probably is, too; if not, it names the component that it refuses.
+    # Before a download, diffusers takes only the libraries of a private table, where it has one.
     table = getattr(sys.modules[diffusers.DiffusionPipeline.__module__], "LOADABLE_CLASSES", {})
     methods = ["save_pretrained", "from_pretrained"]
     table.setdefault(SlimT5Encoder.__module__, {"PreTrainedModel": methods})

@@ -1,8 +1,6 @@
 """Objects that show themselves: aligned in a terminal, as an HTML table in a notebook."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -10,8 +8,7 @@ from typing import Any
 class Table:
     """Base of objects whose `repr` is a table, of the cells in `_rows`."""
 
-    def _rows(self) -> Iterable[Sequence[Any]]:
-        raise NotImplementedError
+    _rows: Callable[[], Iterable[Sequence[Any]]]
 
     def __repr__(self) -> str:
         rows = [[*map(str, row)] for row in self._rows()]

@@ -1,15 +1,10 @@
-"""`t5slim distill`: a run from a YAML file, with arguments that override it; or its dry run.
-
-`t5slim compare` shares `command_parser`, `parse_arguments` and `PipelineArguments`.
-"""
-
-from __future__ import annotations
+"""`t5slim distill`: a run from a YAML file, with arguments that override it; or its dry run."""
 
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -27,7 +22,7 @@ from accelerate.utils.memory import clear_device_cache  # type: ignore[import-un
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from ..encoder import SlimT5Config, SlimT5Encoder
-from ..errors import ConfigError, DistillError, exit_on_error
+from ..errors import ConfigError, DistillError, T5SlimError
 from ..hub import hub_errors, local_path, write_atomic
 from ..slot import TextSlot
 from .config import DistillConfig
@@ -75,14 +70,7 @@ class PipelineArguments:
         return TextSlot(getattr(diffusers, name)).cls
 
     def load(self, without: Sequence[str] = ()) -> Any:
-        """Load the pipeline.
-
-        Args:
-            without: Components to leave out, which are None then.
-
-        Returns:
-            The pipeline, on `device` or that of the process, or with its offload hooks.
-        """
+        """Load the pipeline, to its device or under offload; `without` are left out, as None."""
         dtypes = self.dtype if isinstance(self.dtype, dict) else {"default": self.dtype}
         kwargs: dict[str, Any] = {"use_safetensors": True, **dict.fromkeys(without)}
         kwargs["dtype"] = {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
@@ -227,6 +215,18 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> s
     return "\n".join(lines)
 
 
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End a command without a traceback, at an error of t5slim or at Ctrl-C."""
+    try:
+        yield
+    except T5SlimError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"{str(interrupt) or 'Stopped.'}\n")
+        sys.exit(130)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     with exit_on_error(), ExitStack() as stack:
@@ -240,9 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         student = load_student(run.student, config.seed)
         run.prompts = PromptSource(run.prompts)
         match run.eval_prompts:
-            case {"held_out": share, **rest} if rest.keys() <= {"count"}:
-                count = run.eval_prompts.get("count", 64)
-                run.prompts, run.eval_prompts = split_held_out(run.prompts, share, count)
+            case {"held_out": share, **count} if count.keys() <= {"count"}:
+                run.prompts, run.eval_prompts = split_held_out(run.prompts, share, **count)
             case dict() | list() | str():
                 run.eval_prompts = PromptSource(run.eval_prompts).all()
         if run.dry_run:

@@ -1,7 +1,5 @@
 """The result of a run, and the files that show it: history, metadata, plot, images, card notes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -30,8 +28,7 @@ from .pipeline import denoisers, teacher_of, tensor_sha256
 from .prompts import PromptSource
 
 CHECKPOINTS, METADATA, HISTORY = "checkpoints", "distillation.json", "history.jsonl"
-# Settings that don't change the weights that a run comes to, and so may differ when it is resumed.
-# The batch may be cut in other ways, as its product counts.
+# Settings that may differ when a run is resumed: of those of the batch, only the product counts.
 _FREE = ["batch_size", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints"]
 _FREE += ["eval_every", "samples_every", "trackers"]
 _FLUX_DEV = "black-forest-labs/FLUX.1-dev"
@@ -88,7 +85,6 @@ class DistillResult(Table):
     def _rows(self) -> list[tuple[str, Any]]:
         shown = {name: round(n, 5) for name, n in self.numbers().items() if n is not None}
         shown |= {"gap": self.report} if self.report else {}
-        shown |= {"output_dir": self.output_dir} if self.output_dir else {}
         return list(shown.items())
 
 
@@ -217,11 +213,21 @@ def write_run(folder: Path, facts: Mapping[str, Any], result: DistillResult) -> 
     write_atomic(folder / HISTORY, lines.encode())
 
 
-def card_notes(facts: Mapping[str, Any], result: DistillResult, images: Sequence[str]) -> str:
-    """The distillation's part of the model card, in Markdown; `images` lie beside the card."""
+def card_facts(
+    facts: Mapping[str, Any], result: DistillResult, images: Sequence[str]
+) -> dict[str, Any]:
+    """The distillation's part of a `model_card`; `images` lie beside it."""
+    metadata: dict[str, Any] = {}
+    if f"of {_FLUX_DEV}" in facts["pipeline"]:  # whose licence covers what is derived from it
+        metadata |= {"license": "other", "license_name": "flux-1-dev-non-commercial-license"}
+        metadata["license_link"] = f"https://huggingface.co/{_FLUX_DEV}/blob/main/LICENSE.md"
+    if result.gap is not None and math.isfinite(result.gap):
+        prompts = f"{facts['identity']['eval_prompts']['prompts']} held-out prompts"
+        gap = ("text-to-image", "prompts", prompts, "velocity-gap", round(result.gap, 5))
+        metadata["eval_results"] = [EvalResult(*gap, metric_name="velocity gap")]
     content = json.dumps({**facts, "result": result.numbers()}, indent=2)
     shown = "\n\n".join(f"![{image}]({image})" for image in images)
-    return f"""\
+    notes = f"""\
 ## Distillation
 
 Distilled from the {facts["teacher"]} in a {facts["pipeline"]}.
@@ -234,21 +240,7 @@ Velocity gap (0: the teacher, 1: an empty prompt): {result.report or "not measur
 {content}
 ```
 """
-
-
-def card_metadata(facts: Mapping[str, Any], result: DistillResult) -> dict[str, Any]:
-    """The distillation's part of the model card's metadata: licence and velocity gap."""
-    metadata: dict[str, Any] = {}
-    if re.search(f"of {_FLUX_DEV}( at|$)", facts["pipeline"]):  # of others, nothing is known
-        link = f"https://huggingface.co/{_FLUX_DEV}/blob/main/LICENSE.md"
-        name = "flux-1-dev-non-commercial-license"
-        metadata |= {"license": "other", "license_name": name, "license_link": link}
-    if result.gap is not None:
-        prompts = f"{facts['identity']['eval_prompts']['prompts']} held-out prompts"
-        gap = ("text-to-image", "prompts", prompts, "velocity-gap", result.gap)
-        name = "velocity gap (0: the teacher, 1: an empty prompt)"
-        metadata["eval_results"] = [EvalResult(*gap, metric_name=name)]
-    return metadata
+    return {"notes": notes, "metadata": metadata}
 
 
 def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:

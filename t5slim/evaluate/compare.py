@@ -1,7 +1,5 @@
 """Measurement of students against the teacher of a pipeline, on the same prompts and noise."""
 
-from __future__ import annotations
-
 import math
 import os
 import timeit

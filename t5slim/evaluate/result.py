@@ -1,7 +1,5 @@
 """Result of a comparison: a table, JSON, an image grid, and one HTML page."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -103,14 +101,13 @@ class Comparison:
         spreads = spreads.map(lambda spread: "" if math.isnan(spread) else f" ±{spread:.2g}")
         return self.means().map(_number) + spreads
 
-    def _note(self) -> str:
-        return f"±: standard deviation over {self.samples['prompt'].nunique()} prompts."
-
     def __repr__(self) -> str:
-        return f"{self.table().to_string()}\n\n{self._note()}"
+        count = self.samples["prompt"].nunique()
+        return f"{self.table().to_string()}\n\n±: standard deviation over {count} prompts."
 
     def _repr_html_(self) -> str:
-        return self.table().to_html().replace("<th>  ", "<th>&emsp;") + self._note()
+        table = self.table().to_html().replace("<th>  ", "<th>&emsp;")  # the categories
+        return f"{table}<p>{repr(self).splitlines()[-1]}</p>"
 
     def image_grid(self) -> Image.Image:
         """The images of the first seed: a column for each encoder, headed rows for the prompts."""
