@@ -13,7 +13,13 @@ import transformers
 from helpers.students import IDS, MASK, OUT_DIM, TINY, close, embeddings, make_student
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 import t5slim
 from t5slim import ProjectionAdapter, SlimT5Config, SlimT5Encoder
@@ -209,7 +215,7 @@ def test_from_t5(tmp_path, family, silent):
     student(IDS)[0].mean().backward()
     assert all(weight.grad is not None for weight in student.parameters())
     student.save_pretrained(tmp_path / "student")
-    for cls in (SlimT5Encoder, AutoModel):
+    for cls in (SlimT5Encoder, AutoModel, AutoModelForTextEncoding):
         loaded = cls.from_pretrained(tmp_path / "student")
         assert type(loaded) is SlimT5Encoder and close(loaded, student)
     assert str(tmp_path) not in (tmp_path / "student" / "config.json").read_text()

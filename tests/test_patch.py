@@ -19,6 +19,7 @@ import transformers
 from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
+    FluxKontextPipeline,
     FluxModularPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -40,6 +41,7 @@ from tiny import (
     TEXT_WIDTH,
     clip_encoder,
     t5_encoder,
+    tiny,
     tiny_chroma,
     tiny_flux,
     tiny_pixart_sigma,
@@ -305,7 +307,7 @@ STATES = {
     "never": (tiny_flux, unpatch_pipeline, PatchError, f"{NOTHING} T5EncoderModel"),
     "none": (lambda: put_back(None), unpatch_pipeline, PatchError, f"{NOTHING} None"),
     "spread": (spread, patch_pipeline, PatchError, "spreads the pipeline.*reset_device_map"),
-    "no default": (tiny_chroma, patch_pipeline, MISFIT, "no student is published for .*Chroma"),
+    "no default": (tiny_chroma, patch_pipeline, MISFIT, "no student is .*Chroma.*LifuWang/DistillT5,"),
 }
 
 
@@ -359,6 +361,22 @@ def test_vocabulary(size, added, fits):
     pipe.tokenizer_2.add_tokens([f"<{i}>" for i in range(added)])
     with nullcontext() if fits else pytest.raises(MISFIT, match=f"vocabulary of {size}"):
         patch_pipeline(pipe, flux_student(vocab_size=size))
+
+
+@pytest.mark.parametrize(
+    ("cls", "guided", "warned"),
+    [
+        (FluxPipeline, True, False),
+        (FluxPipeline, False, True),  # FLUX.1-schnell
+        (FluxKontextPipeline, True, True),
+    ],
+)
+def test_a_published_student_says_what_it_was_distilled_through(cls, guided, warned, caplog):
+    pipe, student = tiny(cls, transformer={"guidance_embeds": guided}), flux_student()
+    student.config.name_or_path = "LifuWang/DistillT5"
+    patch_pipeline(pipe=pipe, student=student)
+    advice = f"DistillT5 was distilled through FLUX.1-dev, which this {cls.__name__} may not be"
+    assert [advice in message for message in caplog.messages] == [True] * warned
 
 
 def test_wrong_arguments(flux_folder):
