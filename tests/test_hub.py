@@ -1,7 +1,5 @@
 """Students on the Hub, with the real client against a local server."""
 
-from __future__ import annotations
-
 import json
 import re
 

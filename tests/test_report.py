@@ -1,7 +1,5 @@
 """What a run leaves: history, trackers, image grids, plot, metadata, card, and what it uploads."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys
@@ -104,9 +102,8 @@ def test_folder_and_result(finished: Any) -> None:
     for text in (f"{result.gap:.4f} (95% interval ", "student_samples"):
         assert text in str(result)
     assert "SlimT5Encoder" not in repr(result) == str(result)
-    assert f"<td>steps</td><td>{result.steps}</td>" in result._repr_html_()
-    assert f"<td>{result.report}</td>" in result.report._repr_html_()
-    assert "tensor" not in repr(result.report)
+    for shown in (result, result.report):
+        assert "tensor" not in repr(shown) and f"<td>{result.report}</td>" in shown._repr_html_()
     with Image.open(out / "run.png") as plot:
         plot.load()
         assert plot.size == (1200, 450)
@@ -132,13 +129,12 @@ def test_card(finished: Any) -> None:
     assert "## My own words" in file.read_text() and file.read_text().count("## Distillation") == 1
 
 
-def test_the_licence_of_what_is_derived_from_flux_dev(tmp_path: Path) -> None:
+def test_the_licence_of_flux_dev_is_that_of_its_students(tmp_path: Path) -> None:
     pipe = tiny_flux()
     pipe.transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
     run(pipe, output_dir=tmp_path, max_steps=1)
     card = ModelCard.load(tmp_path / "README.md").data
-    assert (card.license, card.pipeline_tag) == ("other", "text-to-image")
-    assert card.license_name == "flux-1-dev-non-commercial-license" and card.eval_results is None
+    assert (card.license, card.license_name) == ("other", "flux-1-dev-non-commercial-license")
 
 
 def test_side_jobs_that_fail_dont_cost_the_student(
