@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from torch import nn
 
 import t5slim
@@ -42,6 +44,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("quickstart.png"), help="image grid")
     parser.add_argument("--count", type=int, default=40, help="captions of each criterion")
     args = parser.parse_args()
+
+    for library in (diffusers, transformers):  # whose bars and warnings say nothing of use here
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
     pipe = load_pipeline(args.pipeline)
     slot = TextSlot(pipe).name

@@ -240,8 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         student = load_student(run.student, config.seed)
         run.prompts = PromptSource(run.prompts)
         match run.eval_prompts:
-            case {"held_out": share, **count} if count.keys() <= {"count"}:
-                run.prompts, run.eval_prompts = split_held_out(run.prompts, share, **count)
+            case {"held_out": share, **rest} if rest.keys() <= {"count"}:
+                count = run.eval_prompts.get("count", 64)
+                run.prompts, run.eval_prompts = split_held_out(run.prompts, share, count)
             case dict() | list() | str():
                 run.eval_prompts = PromptSource(run.eval_prompts).all()
         if run.dry_run:
