@@ -242,7 +242,7 @@ def test_files_hold_the_same_numbers(shown: tuple[Comparison, Path]) -> None:
     assert len(content["samples"]) == 4 * 2 * 5
     with Image.open(folder / "comparison.png") as grid:
         assert grid.size == comparison.image_grid().size
-    assert all(part in comparison._repr_html_() for part in ("&emsp;evil</th>", "over 5 prompts"))
+    assert all(part in comparison._repr_html_() for part in ("<th>↳ evil</th>", "over 5 prompts"))
     table = str(comparison).splitlines()
     assert table[0].split() == ["encoder", "teacher", "first", "<b>", "second", "third"]
     (line,) = (i for i, line in enumerate(table) if line.startswith("velocity gap (0"))

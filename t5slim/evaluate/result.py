@@ -106,8 +106,8 @@ class Comparison:
         return f"{self.table().to_string()}\n\n±: standard deviation over {count} prompts."
 
     def _repr_html_(self) -> str:
-        table = self.table().to_html().replace("<th>  ", "<th>&emsp;")  # the categories
-        return f"{table}<p>{repr(self).splitlines()[-1]}</p>"
+        table = self.table().rename(index=lambda name: name.replace("  ", "↳ ", 1))
+        return f"{table.to_html()}<p>{repr(self).splitlines()[-1]}</p>"
 
     def image_grid(self) -> Image.Image:
         """The images of the first seed: a column for each encoder, headed rows for the prompts."""
