@@ -24,4 +24,4 @@ def test_wheel_and_sdist(tmp_path: Path) -> None:
     (sdist,) = SdistBuilder(ROOT).build(directory=str(tmp_path), versions=["standard"])
     with tarfile.open(sdist) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
-    assert {"tests/tiny.py", "examples/shapes_world/student/config.json", ".ci/run"} <= names
+    assert {"README.md", "tests/tiny.py", "examples/shapes_world/student/config.json"} <= names
