@@ -1,14 +1,11 @@
 """Replace T5-XXL in diffusers text-to-image pipelines with a distilled student."""
 
-from __future__ import annotations
-
 __version__ = "0.1.0"
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Not lazy: importing the encoder is what registers students with AutoModel, and what lets diffusers
-# find their class when it loads a saved pipeline (it looks in sys.modules only).
+# Not lazy: it registers students with transformers, and diffusers finds them in sys.modules only.
 from .encoder import ProjectionAdapter, SlimT5Config, SlimT5Encoder
 from .errors import (
     CheckpointError,
@@ -20,7 +17,7 @@ from .errors import (
     PatchError,
     T5SlimError,
 )
-from .patch import patch_pipeline, unpatch_pipeline
+from .patch import patch_pipeline, students, unpatch_pipeline
 
 if TYPE_CHECKING:
     from . import distill as distill
@@ -39,6 +36,7 @@ __all__ = [
     "SlimT5Encoder",
     "T5SlimError",
     "patch_pipeline",
+    "students",
     "unpatch_pipeline",
 ]
 

@@ -5,12 +5,10 @@ arXiv 2503.19897). diffusers records a component by its module and class: `t5sli
 `SlimT5Encoder` are themselves a part of the on-disk format of patched pipelines.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,11 @@ import torch
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, T5Config, T5EncoderModel, UMT5EncoderModel
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, T5Config, UMT5EncoderModel
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for it in this module
 from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.t5.modeling_t5 import T5PreTrainedModel
+from transformers.models.t5.modeling_t5 import T5EncoderModel, T5PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from . import hub
@@ -37,8 +35,7 @@ _PRESETS: dict[str, Any] = {
 }
 _ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 _SIZES = ["vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "project_out_dim"]
-# Attributes of a config, what each has to be, and whether a value is that. The largest sizes keep a
-# config of a kilobyte from filling the memory before its weights, which aren't there, are missed.
+# What a config's attributes have to be; its sizes, or a kilobyte of JSON could fill the memory.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_SIZES, ("a positive integer", lambda size: type(size) is int and size > 0)),
     "num_layers": ("from 1 to 1,000", lambda layers: 0 < layers <= 1000),
@@ -74,8 +71,7 @@ class SlimT5Config(T5Config):
         ConfigError: A value is out of range.
     """
 
-    # Not "t5", which the published files call themselves: AutoModel would then read a student as a
-    # T5Model and leave its projection out. T5Config and classes that use it still read "slim_t5".
+    # Not "t5", as the published files say: AutoModel would read a T5Model, without its projection.
     model_type = "slim_t5"
     project_out_dim = 4096  # T5Config's __init__ calls `to_dict`
     encoder_type = "t5"
@@ -89,8 +85,7 @@ class SlimT5Config(T5Config):
         encoder_type: str = "t5",
         **kwargs: Any,
     ) -> None:
-        # Those of decoding and classifying mean nothing to an encoder, and of `num_labels`,
-        # transformers would make as many labels.
+        # Others mean nothing to an encoder, and of `num_labels` transformers makes as many labels.
         kwargs = {key: kwargs[key] for key in kwargs.keys() & (_KEYS | _LOADING)}
         try:
             super().__init__(**kwargs | {"tie_word_embeddings": False})
@@ -106,7 +101,7 @@ class SlimT5Config(T5Config):
             raise ConfigError(f"invalid config of a student: {error}") from error
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> SlimT5Config:
+    def preset(cls, name: str, **overrides: Any) -> "SlimT5Config":
         """The shape of a Flan-T5 encoder, with a projection to T5-XXL's width.
 
         Args:
@@ -153,9 +148,8 @@ class ProjectionAdapter(nn.Sequential):
             nn.Dropout(dropout_rate),
             nn.Linear(out_dim, out_dim, bias=False),
         )
-        # Keeps the root mean square of the embeddings, so that training starts at the scale of a
-        # T5's output: ReLU halves the mean square, which a variance of 2/d makes up for (He et al.
-        # 2015); 1/D in the second layer neither adds nor takes. PyTorch's defaults quarter it.
+        # Keeps the root mean square, so that training starts at the scale of a T5's output: ReLU
+        # halves the mean square, which 2/d makes up for (He et al. 2015). PyTorch's quarter it.
         nn.init.normal_(self.get_parameter("0.weight"), std=(2 / in_dim) ** 0.5)
         nn.init.normal_(self.get_parameter("3.weight"), std=out_dim**-0.5)
 
@@ -241,7 +235,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         *,
         config: SlimT5Config | None = None,
         **kwargs: Any,
-    ) -> SlimT5Encoder:
+    ) -> "SlimT5Encoder":
         """Load a student, in evaluation mode: a saved one, or one such as `LifuWang/DistillT5`.
 
         Args:
@@ -268,7 +262,7 @@ class SlimT5Encoder(T5PreTrainedModel):
     @classmethod
     def from_t5(
         cls, name_or_path: str | os.PathLike[str], projection_dim: int = 4096, **kwargs: Any
-    ) -> SlimT5Encoder:
+    ) -> "SlimT5Encoder":
         """Make a student to be trained: a pretrained T5's encoder and a fresh projection.
 
         Of a whole T5, only the encoder's tensors are read into memory.
@@ -322,6 +316,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         repo_id: str,
         *,
         notes: str = "",
+        metadata: Mapping[str, Any] | None = None,
         files: Sequence[str | os.PathLike[str]] = (),
         **kwargs: Any,
     ) -> str:
@@ -333,6 +328,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         Args:
             repo_id: `owner/name`; made where needed.
             notes: Further facts for the card, in Markdown, such as how the student was trained.
+            metadata: Of the card, such as `{"license": "apache-2.0"}`; as of `ModelCardData`.
             files: Further files to upload, such as images that `notes` shows.
             **kwargs: `token`; `private`, of a new repository; and what else
                 `HfApi.upload_folder` takes, such as `revision`.
@@ -350,11 +346,12 @@ class SlimT5Encoder(T5PreTrainedModel):
             try:
                 api.get_hf_file_metadata(url=url)
             except RemoteEntryNotFoundError:  # no other failure means that there is no card
-                hub.model_card(self, repo_id, notes).save(Path(folder, "README.md"))
+                hub.model_card(self, repo_id, notes, metadata).save(Path(folder, "README.md"))
             kwargs = {"commit_message": "Upload a t5slim student"} | kwargs
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 
-# What makes `import t5slim` enough for AutoModel.from_pretrained to give a student.
+# What makes `import t5slim` enough for from_pretrained of these to give a student.
 AutoConfig.register(SlimT5Config.model_type, SlimT5Config)
 AutoModel.register(SlimT5Config, SlimT5Encoder)
+AutoModelForTextEncoding.register(SlimT5Config, SlimT5Encoder)

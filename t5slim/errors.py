@@ -4,12 +4,6 @@ Each also derives from the built-in that callers would catch without knowing t5s
 for a wrong input, `OSError` for a Hub that can't be reached.
 """
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 
 class T5SlimError(Exception):
     """Base of every error that t5slim raises on purpose."""
@@ -41,15 +35,3 @@ class PatchError(T5SlimError, ValueError):
 
 class DistillError(T5SlimError, ValueError):
     """A distillation can't start with these arguments, or can't continue."""
-
-
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """End a command without a traceback, at an error of t5slim or at Ctrl-C."""
-    try:
-        yield
-    except T5SlimError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt as interrupt:
-        sys.stderr.write(f"{str(interrupt) or 'Stopped.'}\n")
-        sys.exit(130)

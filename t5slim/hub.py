@@ -1,12 +1,10 @@
 """Access to the Hugging Face Hub: files, errors that say what to do, and model cards."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
@@ -20,8 +18,7 @@ from transformers.utils import extract_commit_hash
 from .errors import CheckpointError, ConfigError, HubAccessError, T5SlimError
 
 _ACCESS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
-# The first that fits an error, or one behind it: "not in the cache" may hide a 429 or a connection
-# that broke. Their messages say what to do: log in, ask for access, go online.
+# The first that fits an error, or one behind it: "not in the cache" may hide a 429, for one.
 _FAILURES = (errors.HFValidationError, errors.HTTPError, OSError)
 
 
@@ -223,16 +220,19 @@ def write_atomic(path: Path, content: bytes) -> None:
         Path(folder, path.name).write_bytes(content)
 
 
-def model_card(student: PreTrainedModel, repo_id: str, notes: str = "") -> ModelCard:
+def model_card(
+    student: PreTrainedModel, repo_id: str, notes: str = "", metadata: Mapping | None = None
+) -> ModelCard:
     """The card of a student, by `model_card.md`.
 
     Args:
         student: Its sizes, and the T5 that it was made from, are in the card.
         repo_id: Name of the repository or folder.
         notes: Further facts, in Markdown, such as how the student was trained.
+        metadata: As of `huggingface_hub.ModelCardData`, such as its `license`.
     """
-    base = getattr(student.config, "base_model", None)
-    tags = ["t5slim", "t5", "text-to-image", "diffusers"]
-    data = ModelCardData(library_name="t5slim", base_model=base, tags=tags)
+    known = {"base_model": getattr(student.config, "base_model", None), "library_name": "t5slim"}
+    known |= {"pipeline_tag": "text-to-image", "tags": ["t5slim", "t5", "diffusers"]}
+    data = ModelCardData(model_name=repo_id.split("/")[-1], **known | dict(metadata or {}))
     template = str(Path(__file__).with_name("model_card.md"))
     return ModelCard.from_template(data, template, student=student, repo_id=repo_id, notes=notes)

@@ -1,7 +1,6 @@
 """Put a student in the place of a pipeline's T5, and take it out again."""
 
-from __future__ import annotations
-
+import logging
 import os
 import sys
 import weakref
@@ -15,22 +14,36 @@ from . import hub
 from .encoder import SlimT5Config, SlimT5Encoder
 from .errors import CheckpointError, IncompatibleStudentError, NoT5SlotError, PatchError
 from .slot import TextSlot, check_device_map, compute_dtype, embedding_width, find_hooks, is_student
+from .table import Table
+
+logger = logging.getLogger(__name__)
 
 Student = nn.Module | str | os.PathLike[str]
 
-# Published for FLUX.1-dev by Wang et al.: T5-base, the default, and T5-small. The authors state
-# no licence, and FLUX.1-dev is non-commercial.
-PUBLISHED_STUDENTS = ("LifuWang/DistillT5", "LifuWang/DistillT5-Small")
-# Pipelines that take `config.d_model` for the width of T5's embeddings, or add its first hidden
-# state to its last.
+# By Wang et al.: from T5-base, the default for FLUX.1, and from T5-small; with their parameters.
+_PUBLISHED = {"LifuWang/DistillT5": "130 M", "LifuWang/DistillT5-Small": "54 M"}
+# Pipelines that take `config.d_model` for the width of T5's output, or add its layers' to that.
 _ONE_WIDTH = ("HunyuanImage", "HunyuanVideo15", "LongCatAudio")
+
+
+class _Students(Table, list[dict[str, str]]):
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [tuple(self[0]), *(tuple(student.values()) for student in self)]
+
+
+def students() -> list[dict[str, str]]:
+    """The students that are published on the Hub, the default of `patch_pipeline` first.
+
+    Nothing is downloaded. The list, a dict for each, prints as a table, also in a notebook.
+    """
+    facts = {"pipeline": "FLUX.1-dev", "licence": "none stated", "measured in": "arXiv 2503.19897"}
+    return _Students({"student": name, "parameters": n} | facts for name, n in _PUBLISHED.items())
 
 
 @torch.inference_mode(False)  # no training takes a tensor that was made in it
 def patch_pipeline(
     pipe: Any,
     source: Student | None = None,
-    /,
     *,
     student: Student | None = None,
     keep_teacher: bool = False,
@@ -158,9 +171,8 @@ def check_fit(config: Any, slot: TextSlot) -> None:
         IncompatibleStudentError: It has another one.
     """
     tokenizer = slot.tokenizer
-    # T5's embeddings are padded to a multiple of 128: 32,128 for 32,100 tokens, and 256,384 for
-    # UMT5's 256,300. So a vocabulary is recognised by its size, rounded up, with or without the
-    # tokens that a textual inversion added.
+    # With or without the tokens that a textual inversion added, and rounded up, as T5's embeddings
+    # are padded to a multiple of 128: 32,128 for 32,100 tokens.
     sizes = () if tokenizer is None else (len(tokenizer), tokenizer.vocab_size)
     if sizes and all(-(-size // 128) != -(-config.vocab_size // 128) for size in sizes):
         raise IncompatibleStudentError(
@@ -183,8 +195,11 @@ def _load_student(student: Student | None, slot: TextSlot, **access: Any) -> Any
     """A student that fits a slot, loaded where needed; by default the published one."""
     if student is None:
         if "FluxTransformer2DModel" not in str(slot.component_types().get("transformer")):
-            raise IncompatibleStudentError(f"no student is published for {slot}: pass your own.")
-        student = PUBLISHED_STUDENTS[0]
+            raise IncompatibleStudentError(
+                f"no student is published for {slot}: pass your own; or, if its T5 is T5-XXL, try "
+                f"one of FLUX.1-dev's: {', '.join(_PUBLISHED)}."
+            )
+        student = next(iter(_PUBLISHED))
     check_fit(student_config(student, **access), slot)
     if isinstance(student, (str, os.PathLike)):
         return SlimT5Encoder.from_pretrained(student, **access)
@@ -214,6 +229,12 @@ def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
         del original
         # Hooks of offload make cycles; to look for them takes a quarter of a second.
         clear_device_cache(garbage_collection=bool(alive))
+    # Kontext, Fill and others have denoisers of their own; so has schnell, which takes no guidance.
+    cls, config = slot.cls.__name__, getattr(getattr(pipe, "transformer", None), "config", {})
+    may_be_dev = cls == "FluxPipeline" and config.get("guidance_embeds", True)
+    if (name := getattr(student.config, "name_or_path", None)) in _PUBLISHED and not may_be_dev:
+        advice = f"which this {cls} may not be: measure it with t5slim.evaluate.compare"
+        logger.warning("%s was distilled through FLUX.1-dev, %s.", name, advice)
     return pipe
 
 
@@ -224,8 +245,7 @@ def _load_patched(cls: Any, source: str, student: Student | None, kwargs: dict[s
     if not hasattr(cls, "from_pipe"):
         raise NoT5SlotError(f"expected a class of diffusers' pipelines; got {cls.__name__}.")
     check_device_map(kwargs.get("device_map"))
-    # Before a download, diffusers takes only the libraries of a private table. Where that is gone,
-    # the check probably is, too; if not, it names the component that it refuses.
+    # Before a download, diffusers takes only the libraries of a private table, where it has one.
     table = getattr(sys.modules[diffusers.DiffusionPipeline.__module__], "LOADABLE_CLASSES", {})
     methods = ["save_pretrained", "from_pretrained"]
     table.setdefault(SlimT5Encoder.__module__, {"PreTrainedModel": methods})

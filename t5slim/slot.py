@@ -5,8 +5,6 @@ the module that is there or, where T5 was skipped, from what the pipeline declar
 holds no table of pipelines, and doesn't import diffusers.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Iterator
@@ -23,9 +21,8 @@ _COMPONENT = re.compile(r"text_encoder(_\d+)?")
 _T5_CLASS = re.compile(r"\b((UM|M)?T5EncoderModel|SlimT5Encoder)\b")
 _T5_MODEL_TYPES = ("t5", "mt5", "umt5", "slim_t5")
 
-# The denoiser's config key for the width of its T5 embeddings, by family. Where one config has two
-# such keys, T5's comes first: HunyuanImage has `text_embed_dim` for Qwen and `text_embed_2_dim` for
-# T5, AudioLDM2 `text_encoder_dim` for CLAP and `text_encoder_1_dim` for T5.
+# The denoiser's config key for the width of its T5 embeddings, by family. Of two keys, T5's comes
+# first: HunyuanImage's `text_embed_dim` is Qwen's, and AudioLDM2's `text_encoder_dim` is CLAP's.
 _WIDTH_KEYS = (
     "joint_attention_dim",  # FLUX.1, SD3, Chroma, Bria, AuraFlow
     "caption_channels",  # PixArt, LTX, Allegro, Latte, HiDream (a list: T5's, then Llama's)
@@ -139,8 +136,7 @@ class TextSlot:
             if hooks and module is not None and not find_hooks(module, "group_offloading"):
                 from diffusers.hooks import apply_group_offloading
 
-                # Not `offload_to_disk_path`: diffusers names files by layer and overwrites none, so
-                # that a second student would silently run with the weights of the first.
+                # Not `offload_to_disk_path`: a second student would read the files of the first.
                 same = ["onload_device", "offload_device", "offload_type", "num_blocks_per_group"]
                 same += ["non_blocking", "record_stream", "low_cpu_mem_usage"]
                 config = hooks[0].config
@@ -153,8 +149,7 @@ class TextSlot:
         pipe, name, old = self.pipe, self.name, self.encoder
         if is_modular(pipe):  # a components manager would keep the original
             pipe.unload_components(name)
-        # Not `setattr`: on a slot that was None it leaves [null, null] in model_index.json, and
-        # `from_pretrained` would then lose the module that `save_pretrained` wrote.
+        # Not `setattr`: if the slot was None, model_index.json would go on to say [null, null].
         getattr(pipe, self.register)(**{name: module})
         for stage in stages(pipe):
             if getattr(stage, name, stage) is old:

@@ -1,7 +1,5 @@
 """Keeps the tests off the network: the only Hub they can reach is the one in `helpers/hub.py`."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

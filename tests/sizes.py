@@ -3,8 +3,6 @@
 For a class of diffusers these are arguments, for a model of transformers entries of its config.
 """
 
-from __future__ import annotations
-
 import string
 from typing import Any
 

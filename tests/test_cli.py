@@ -1,7 +1,5 @@
 """The command line: what a file may hold, what a dry run measures, and that a run is `train`."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import shlex
@@ -22,6 +20,7 @@ from helpers.training import assert_same
 from safetensors.torch import load_file
 from tiny import PROMPTS, call_kwargs, tiny_flux
 
+import t5slim.cli
 from t5slim.distill import DistillConfig
 from t5slim.distill.__main__ import PipelineArguments, load_student, main, parse
 
@@ -70,12 +69,14 @@ def test_values_mean_what_they_say(file: str) -> None:
         ["--config", file, "--max_steps", "1_000", "--learning_rate", "1e-4",
          "--guidance_scales", "[2.0, 3.5]", "--objective", "{velocity: 1, embedding: 10}",
          "--objective.embedding", "1e-1", "--pipeline.revision", "2024-01-02",
+         "--pipeline.name_or_path", "other/flux", "--pipeline.dtype=bfloat16",
          "--student.d_ff", "64", "--eval_prompts", "null"]
     )  # fmt: skip
     assert (config.learning_rate, config.max_steps) == (1e-4, 1000)
     assert config.guidance_scales == (2.0, 3.5)
     assert config.objective == {"velocity": 1, "embedding": 0.1}
-    assert run.pipeline.revision == "2024-01-02"  # not a date
+    expected = PipelineArguments("other/flux", revision="2024-01-02", dtype="bfloat16")
+    assert run.pipeline == expected  # the revision isn't a date
     assert run.student == {**STUDENT, "d_ff": 64} and run.eval_prompts is None
 
 
@@ -83,7 +84,7 @@ def test_values_mean_what_they_say(file: str) -> None:
     ("arguments", "message"),
     [
         ("--max_step=9", "unrecognized arguments: --max_step"),  # no abbreviations
-        ("--pipeline.revison=x", "'revison' is not accepted"),
+        ("--pipeline.revison=x", "unrecognized arguments: --pipeline.revison=x"),
         ("--max_steps=many", "max_steps.*int.*many"),
         ("--pipeline.dtype=bf16", "dtype.*bfloat16.*bf16"),
         ("--pipeline.device=tpu:x", "ConfigError: .*device.*tpu"),
@@ -97,7 +98,7 @@ def test_values_mean_what_they_say(file: str) -> None:
         ("--student='{preset: small, 1: 2}'", "keywords must be strings"),
         ("--student='{size: small}'", "'size': 'small'.; expected from_pretrained, from_t5 or"),
         ("--pipeline_kwargs='{.nan: 2}'", "may not hold nan; expected, of FluxPipeline: "),
-        ("--pipeline=nobody/nothing", "HubAccessError: .*'nobody/nothing'"),
+        ("--pipeline.name_or_path=nobody/nothing", "HubAccessError: .*'nobody/nothing'"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(
@@ -116,7 +117,7 @@ def test_mistakes_are_named_before_anything_is_loaded(
         ("student: " + "[" * 100_000, "maximum nesting depth|over 20000 values"),
         ("student:\n" + "".join(" " * i + "a:\n" for i in range(1, 2000)), "nesting depth|recurs"),
         ("a: \xff", "utf-8"),
-        ("{}", "required: pipeline, student, prompts, output_dir"),
+        ("{}", "required: pipeline.name_or_path, student, prompts, output_dir"),
         ("", "Unexpected config|required"),
         (BOMB, "It has an alias"),
         ("".join(f"k{i}: 1\n" for i in range(100_000)), "It has over 20000 values"),
@@ -135,7 +136,16 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
 def test_folders_of_no_pipeline(file: str, tmp_path: Path, name: str) -> None:
     (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{name}"}}')
     with pytest.raises(SystemExit, match=f"NoT5SlotError: .*{name}"):
-        main(["--config", file, f"--pipeline={tmp_path}"])
+        main(["--config", file, f"--pipeline.name_or_path={tmp_path}"])
+
+
+def test_students_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["t5slim", "students"])
+    t5slim.cli.main()
+    head, *lines = capsys.readouterr().out.splitlines()
+    for line, student in zip(lines, t5slim.students(), strict=True):  # aligned
+        assert all(line[head.index(k) :].startswith(v) for k, v in student.items())
+        assert f"<td>{student['student']}</td>" in t5slim.students()._repr_html_()  # type: ignore
 
 
 def test_long_lists_and_home_paths(flux_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:

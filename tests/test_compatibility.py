@@ -1,7 +1,5 @@
 """Patched pipelines with LoRA, compile, casting, quantisation, copies and modular pipelines."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import weakref

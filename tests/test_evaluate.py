@@ -1,15 +1,16 @@
 """Students beside the teacher: measures, forms of the result, and what is left unchanged."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_ltx, tiny
 import t5slim
 from t5slim import patch_pipeline
 from t5slim.distill import VelocityGap, cache_teacher, cached_teacher
+from t5slim.distill.__main__ import PipelineArguments
 from t5slim.distill.pipeline import teacher_of
 from t5slim.evaluate import Comparison, compare
 from t5slim.evaluate.__main__ import main
@@ -237,6 +239,7 @@ def test_files_hold_the_same_numbers(shown: tuple[Comparison, Path]) -> None:
     assert len(content["samples"]) == 4 * 2 * 5
     with Image.open(folder / "comparison.png") as grid:
         assert grid.size == comparison.image_grid().size
+    assert all(part in comparison._repr_html_() for part in ("<th>↳ evil</th>", "over 5 prompts"))
     table = str(comparison).splitlines()
     assert table[0].split() == ["encoder", "teacher", "first", "<b>", "second", "third"]
     (line,) = (i for i, line in enumerate(table) if line.startswith("velocity gap (0"))
@@ -296,17 +299,10 @@ def test_from_the_command_line(
         tiny_student(pipe, seed=seed).save_pretrained(tmp_path / str(seed) / "student")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]))
     monkeypatch.chdir(tmp_path)
-    arguments = {
-        "pipeline": str(flux_folder), "students": "[1/student, 2/student]", "seeds": "[3]",
-        "prompts": "prompts.txt", "pipeline_kwargs": str(call_kwargs(pipe)), "output_dir": "out",
-    }  # fmt: skip
-
-    def run(**changes: str) -> None:
-        main([f"--{name}={value}" for name, value in (arguments | changes).items()])
-
+    options = ["--seeds=[3]", f"--pipeline_kwargs={call_kwargs(pipe)}", "--output_dir=out"]
     terminal = io.TextIOWrapper(io.BytesIO(), encoding)  # which doesn't have every character
     monkeypatch.setattr(sys, "stdout", terminal)
-    run()
+    main([str(flux_folder), "1/student", "2/student", "prompts.txt", *options])
     terminal.flush()
     printed = terminal.buffer.getvalue().decode(encoding)
     assert printed.splitlines()[0].split() == ["encoder", "teacher", "1/student", "2/student"]
@@ -314,11 +310,35 @@ def test_from_the_command_line(
     assert shown in printed and (tmp_path / "out" / "comparison.html").exists()
 
     monkeypatch.delattr("diffusers.DiffusionPipeline.from_pretrained")  # nothing gets that far
-    for changes, message in (
-        ({"prompts": "none.txt"}, "DistillError: 'none.txt' is no such file"),
-        ({"students": "none/student"}, "HubAccessError: .*'none/student'"),
-        ({"pipeline_kwargs.hieght": "8"}, "DistillError: pipeline_kwargs may not hold 'hieght'"),
-        ({"batch_sise": "2"}, "ConfigError: .*batch_sise"),
+    for given, message in (
+        ("1/student none.txt", "DistillError: 'none.txt' is no such file"),
+        ("none/student prompts.txt", "HubAccessError: .*'none/student'"),
+        ("1/student", "ConfigError: .*required: prompts"),
+        ("1/student prompts.txt --pipeline_kwargs.hieght=8", "DistillError: .*may.*hold 'hieght'"),
+        ("1/student prompts.txt --batch_sise=2", "ConfigError: .*batch_sise"),
     ):
         with pytest.raises(SystemExit, match=f"(?s){message}"):
-            run(**changes)
+            main([str(flux_folder), *options, *given.split()])
+
+
+@pytest.mark.parametrize("card", [24, 12])
+def test_real_pictures(flux_folder: Path, tmp_path: Path, monkeypatch: Any, card: int) -> None:
+    """The commands of examples/prompts, with a tiny pipeline in the place of FLUX.1-dev's."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    page, load = Path("examples/prompts/README.md").read_text(), PipelineArguments.load
+    commands = re.findall(r"^t5slim compare (.*?) --output_dir", page, re.DOTALL | re.MULTILINE)
+    _, _, *rest = shlex.split(commands[card == 12].replace("\\\n", ""))
+
+    def load_plain(given: PipelineArguments) -> Any:  # float32, and no bitsandbytes, for CPUs
+        assert (given.dtype, given.offload) == ("bfloat16", "model")
+        assert bool(given.quantization) == (card == 12)
+        return load(replace(given, dtype="float32", quantization=None))
+
+    monkeypatch.setattr(PipelineArguments, "load", load_plain)
+    tiny_student(tiny_flux()).save_pretrained(tmp_path / "student")
+    rest += ["--pipeline_kwargs", str(call_kwargs(tiny_flux(), steps=1)), "--batch_size=8"]
+    rest += ["--pipeline.device=cpu", "--output_dir", str(tmp_path)]
+    main([str(flux_folder), str(tmp_path / "student"), *rest])
+    samples = json.loads((tmp_path / "comparison.json").read_text())["samples"]
+    found = Counter(sample["category"] for sample in samples if sample["encoder"] == "teacher")
+    assert found == {"image-quality": 8, "semantic-understanding": 8, "text-rendering": 8}

@@ -1,7 +1,5 @@
 """Students on the Hub, with the real client against a local server."""
 
-from __future__ import annotations
-
 import json
 import re
 
@@ -148,13 +146,13 @@ def test_push_to_hub(hub, tmp_path):
     """With a card where there is none; what somebody wrote stays."""
     student = make_student()
     student.config.base_model = "google/flan-t5-base"
-    url = student.push_to_hub("me/new", token=TOKEN)
+    url = student.push_to_hub("me/new", token=TOKEN, metadata={"license": "apache-2.0"})
     assert url.startswith(f"{constants.ENDPOINT}/me/new/")
     names = {".gitattributes", "README.md", "config.json", "model.safetensors"}
     assert hub.repositories["me/new"].files("main").keys() == names
     assert close(load("me/new"), student)
     card = ModelCard.load("me/new")
-    assert card.data.library_name == "t5slim"
+    assert (card.data.library_name, card.data.license) == ("t5slim", "apache-2.0")
     assert card.data.base_model == "google/flan-t5-base"
     assert "width 16, vocabulary 40" in card.text
     assert 't5slim.patch_pipeline(pipe, "me/new")' in card.text

@@ -3,8 +3,6 @@
 Nothing is lost by it: the pipeline and the repository are as they were, and the next try succeeds.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from diffusers import FluxPipeline

@@ -1,7 +1,5 @@
 """The losses against values worked out by hand, and their weighted sum."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any

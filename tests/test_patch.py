@@ -1,7 +1,5 @@
 """patch_pipeline and unpatch_pipeline, on real pipelines, under every kind of offload."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -19,6 +17,7 @@ import transformers
 from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
+    FluxKontextPipeline,
     FluxModularPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -40,6 +39,7 @@ from tiny import (
     TEXT_WIDTH,
     clip_encoder,
     t5_encoder,
+    tiny,
     tiny_chroma,
     tiny_flux,
     tiny_pixart_sigma,
@@ -301,7 +301,12 @@ STATES = {
     "never": (tiny_flux, unpatch_pipeline, PatchError, f"{NOTHING} T5EncoderModel"),
     "none": (lambda: put_back(None), unpatch_pipeline, PatchError, f"{NOTHING} None"),
     "spread": (spread, patch_pipeline, PatchError, "spreads the pipeline.*reset_device_map"),
-    "no default": (tiny_chroma, patch_pipeline, MISFIT, "no student is published for .*Chroma"),
+    "no default": (
+        tiny_chroma,
+        patch_pipeline,
+        MISFIT,
+        "no student .*Chroma.*/DistillT5,",
+    ),
 }
 
 
@@ -354,6 +359,16 @@ def test_vocabulary(pipe, size, added, fits):
     pipe.tokenizer_2.add_tokens([f"<{i}>" for i in range(added)])
     with nullcontext() if fits else pytest.raises(MISFIT, match=f"vocabulary of {size}"):
         patch_pipeline(pipe, flux_student(vocab_size=size))
+
+
+def test_a_published_student_says_what_it_was_distilled_through(caplog):
+    student = flux_student()
+    student.config.name_or_path = "LifuWang/DistillT5"
+    # FLUX.1-dev, of which nothing is said; FLUX.1-schnell; FLUX.1-Kontext-dev.
+    for cls, guided in ((FluxPipeline, True), (FluxPipeline, False), (FluxKontextPipeline, True)):
+        patch_pipeline(pipe=tiny(cls, transformer={"guidance_embeds": guided}), student=student)
+    for message, name in zip(caplog.messages, ("FluxPipeline", "FluxKontext"), strict=True):
+        assert f"was distilled through FLUX.1-dev, which this {name}" in message
 
 
 def test_wrong_arguments(flux_folder):

@@ -1,7 +1,5 @@
 """Prompts from lists, files, data sets and generators, and mixtures of them."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """What a run leaves: history, trackers, image grids, plot, metadata, card, and what it uploads."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys
@@ -103,7 +101,9 @@ def test_folder_and_result(finished: Any) -> None:
     assert facts["config"]["max_steps"] == 6 and facts["result"]["gap"] == result.gap
     for text in (f"{result.gap:.4f} (95% interval ", "student_samples"):
         assert text in str(result)
-    assert "SlimT5Encoder" not in repr(result)
+    assert "SlimT5Encoder" not in repr(result) == str(result)
+    for shown in (result, result.report):
+        assert "tensor" not in repr(shown) and f"<td>{result.report}</td>" in shown._repr_html_()
     with Image.open(out / "run.png") as plot:
         plot.load()
         assert plot.size == (1200, 450)
@@ -114,6 +114,9 @@ def test_card(finished: Any) -> None:
     file = result.output_dir / "README.md"
     card = ModelCard.load(file)
     assert card.data.base_model == "google/flan-t5-small" and "t5slim" in card.data.tags
+    (measured,) = card.data.eval_results
+    assert measured.metric_value == round(result.gap, 5) and measured.metric_type == "velocity-gap"
+    assert measured.dataset_name == "2 held-out prompts" and card.data.license is None
     for text in (
         "flan-t5-small) at abc123", f"FluxPipeline of someone/tiny-flux at {COMMIT}",
         '"num_inference_steps": 3', '"sha256": ', f"{result.gap:.4f}", '"learning_rate": 0.005',
@@ -124,6 +127,14 @@ def test_card(finished: Any) -> None:
     file.write_text(file.read_text().replace("## Licence", "## My own words\n\n## Licence"))
     run(pipe, result.student, output_dir=file.parent, resume=True, **REPORTED)
     assert "## My own words" in file.read_text() and file.read_text().count("## Distillation") == 1
+
+
+def test_the_licence_of_flux_dev_is_that_of_its_students(tmp_path: Path) -> None:
+    pipe = tiny_flux()
+    pipe.transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
+    run(pipe, output_dir=tmp_path, max_steps=1)
+    card = ModelCard.load(tmp_path / "README.md").data
+    assert (card.license, card.license_name) == ("other", "flux-1-dev-non-commercial-license")
 
 
 def test_side_jobs_that_fail_dont_cost_the_student(

@@ -1,7 +1,5 @@
 """Broken checkpoints and configs are refused with what to do about it; saves are atomic."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -10,12 +10,18 @@ grid and prints a table.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+# Before the imports: their warnings and loading bars say nothing of use here.
+os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
+
+import diffusers
 import torch
+import transformers
 from diffusers.utils import make_image_grid
 from torch import nn
 
@@ -45,6 +51,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40, help="captions of each criterion")
     args = parser.parse_args()
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     pipe = load_pipeline(args.pipeline)
     slot = TextSlot(pipe).name
     scenes, texts = captions(args.count, held_out=True)

@@ -450,6 +450,8 @@ def export(pipe: FluxPipeline, out: Path) -> None:
     """Writes the pipeline in half precision."""
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(out)
+    for config in out.glob("text_encoder*/config.json"):  # loaded like the rest, in float32
+        config.write_text(config.read_text().replace('"float16"', '"float32"'))
 
 
 def eight_bit(model: nn.Module) -> None:

@@ -3,8 +3,6 @@
 `train` is the whole of it; the other names are its parts, for loops of one's own.
 """
 
-from __future__ import annotations
-
 from .config import DistillConfig
 from .metrics import VelocityGap, velocity_gap
 from .objective import Objective

@@ -1,13 +1,9 @@
-"""`t5slim distill`: a run from a YAML file, with arguments that override it; or its dry run.
-
-`t5slim evaluate` shares `command_parser`, `parse_arguments` and `PipelineArguments`.
-"""
-
-from __future__ import annotations
+"""`t5slim distill`: a run from a YAML file, with arguments that override it; or its dry run."""
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -25,7 +21,7 @@ from accelerate.utils.memory import clear_device_cache  # type: ignore[import-un
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from ..encoder import SlimT5Config, SlimT5Encoder
-from ..errors import ConfigError, DistillError, exit_on_error
+from ..errors import ConfigError, DistillError, T5SlimError
 from ..hub import hub_errors, local_path, write_atomic
 from ..slot import TextSlot
 from .config import DistillConfig
@@ -73,14 +69,7 @@ class PipelineArguments:
         return TextSlot(getattr(diffusers, name)).cls
 
     def load(self, without: Sequence[str] = ()) -> Any:
-        """Load the pipeline.
-
-        Args:
-            without: Components to leave out, which are None then.
-
-        Returns:
-            The pipeline, on `device` or that of the process, or with its offload hooks.
-        """
+        """Load the pipeline, to its device or under offload; `without` are left out, as None."""
         dtypes = self.dtype if isinstance(self.dtype, dict) else {"default": self.dtype}
         kwargs: dict[str, Any] = {"use_safetensors": True, **dict.fromkeys(without)}
         kwargs["dtype"] = {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
@@ -114,16 +103,18 @@ def load_yaml(text: str) -> Any:
             raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
         if number > _MAX_VALUES:
             raise yaml.YAMLError(f"It has over {_MAX_VALUES} values: put prompts in another file.")
-    return _parse_yaml(text)
+    values = _parse_yaml(text)
+    if isinstance(values, dict) and isinstance(values.get("pipeline"), str):
+        values["pipeline"] = {"name_or_path": values["pipeline"]}
+    return values
 
 
-def command_parser(prog: str) -> ArgumentParser:
-    """Return the parser of a command, so far for a YAML file and the pipeline."""
+def command_parser(prog: str, **how: bool) -> ArgumentParser:
+    """Return the parser of a command, so far for a YAML file and the pipeline, added as `how`."""
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    add = parser.add_argument
-    add("--config", action="config", help="YAML file with any of these arguments")
-    add("--pipeline", type=PipelineArguments | str, required=True, help="Hub id, or how to load it")
+    parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
+    parser.add_class_arguments(PipelineArguments, "pipeline", **how)
     return parser
 
 
@@ -139,8 +130,6 @@ def parse_arguments(
         given = parser.parse_args(arguments)
         del given["config"]
         run, text = parser.instantiate(given), parser.dump(given, skip_unset=False)
-        if isinstance(run.pipeline, str):
-            run.pipeline = PipelineArguments(run.pipeline)
         run.pipeline.quantization_config()
         torch.empty(0, device=run.pipeline.device)
     except Exception as error:  # jsonargparse and yaml have no common base of theirs
@@ -219,6 +208,18 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> s
     lines += [f"update       {embedding:.3g} s, with velocity and its trajectories {update:.3g} s"]
     lines += [f"run          about {timedelta(seconds=round(total))}, beside T5 and evaluations"]
     return "\n".join(lines)
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End a command without a traceback, at an error of t5slim or at Ctrl-C."""
+    try:
+        yield
+    except T5SlimError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"{str(interrupt) or 'Stopped.'}\n")
+        sys.exit(130)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

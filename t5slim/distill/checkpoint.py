@@ -6,8 +6,6 @@ the update and the beginning of its SHA-256. There is no pickle, so that nothing
 executed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

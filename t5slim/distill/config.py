@@ -1,7 +1,5 @@
 """The settings of a distillation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,7 +129,7 @@ class DistillConfig:
         return _DTYPES[self.mixed_precision]
 
     @classmethod
-    def paper(cls, **overrides: Any) -> DistillConfig:
+    def paper(cls, **overrides: Any) -> "DistillConfig":
         """The settings of Wang et al., CVPR 2025, arXiv 2503.19897.
 
         20 consecutive updates along the trajectories of each batch; the number of steps, and the

@@ -1,7 +1,5 @@
 """The velocity gap: how much of what the denoiser reads from the prompt the student loses."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from ..errors import ConfigError, DistillError
 from ..hub import check_weights
 from ..patch import check_fit, student_config
 from ..slot import TextSlot, compute_dtype, embedding_width, is_student
+from ..table import Table
 from .objective import velocity_loss
 from .pipeline import batches_of, evaluating, teacher_of
 from .prompts import Prompts, PromptSource
@@ -27,8 +26,8 @@ from .teacher import TeacherEmbeddings, encode_prompts
 from .trajectory import Trajectory, capture
 
 
-@dataclass(frozen=True)
-class GapReport:
+@dataclass(frozen=True, repr=False)
+class GapReport(Table):
     """A velocity gap by prompt and by denoiser call, and where it comes from.
 
     Attributes:
@@ -72,6 +71,9 @@ class GapReport:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.gap:.4f} (95% interval {low:.4f} to {high:.4f}; median {self.median:.4f})"
+
+    def _rows(self) -> list[tuple[str, Any]]:
+        return [("velocity gap", str(self)), ("prompts", len(self.distances))]
 
 
 def velocity_gap(

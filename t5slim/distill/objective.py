@@ -3,8 +3,6 @@
 B samples, T text tokens, D channels of the teacher's embeddings.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache

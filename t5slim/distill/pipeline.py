@@ -4,8 +4,6 @@ Of both, `forward` is replaced for the duration of one call, so that device, dty
 offload hooks stay those of the modules that the pipeline knows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import re
@@ -98,9 +96,8 @@ def run_pipeline(
             f"{type(pipe).__name__} has no denoiser ({', '.join(DENOISERS)}) to learn from: distil "
             "with the pipeline that reads its output, and patch both."
         )
-    # All take a list for a batch, and Wan-VACE no batch, nor a list of one: all take a string, but
-    # VisualCloze, which would take its list of grids of images for one grid. By name: that has a
-    # `task_prompt`; Kontext and many video pipelines take an image first.
+    # One prompt is a string, as Wan-VACE takes no list, but for VisualCloze (`task_prompt`), which
+    # would take its list of grids for one grid. By name: some pipelines take an image first.
     names = list(inspect.signature(type(pipe).__call__).parameters)
     one = len(prompts) == 1 and "task_prompt" not in names
     for name, value in pipeline_kwargs.items():
@@ -197,8 +194,7 @@ def tokenize(
     with suppress(Reached), ExitStack() as stack:
         types = {} if denoisers(pipe) else type(pipe)._get_signature_types()
         if names := [name for name in DENOISERS if name in types]:
-            # A denoiser without weights: pipelines ask it for the size of the latents, which the
-            # text doesn't depend on. So it has the default config of its class.
+            # Pipelines ask it for the size of the latents, on which the text doesn't depend.
             cls, *_ = types[names[0]]
             stack.callback(vars(pipe).update, {names[0]: None})
             # Not the pipeline's own `__setattr__`, which would note it in model_index.json.
@@ -295,8 +291,7 @@ def frozen(pipe: Any, gradient_checkpointing: bool) -> Iterator[None]:
                     parameter.requires_grad_(False)
         for denoiser in denoisers(pipe).values():
             for part in denoiser.modules():
-                # In eval mode, HiDream's experts predict by a method under `torch.no_grad`, and no
-                # gradient would pass through them.
+                # In eval mode, HiDream's experts predict under `torch.no_grad`, without gradients.
                 methods = vars(type(part)).values()
                 part.training = any(getattr(m, "__code__", None) is _WITHOUT_GRAD for m in methods)
             if gradient_checkpointing and not denoiser.is_gradient_checkpointing:

@@ -1,7 +1,5 @@
 """Prompts for distillation: lists, files, data sets, generated ones, and mixtures of them."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json
@@ -46,7 +44,7 @@ class PromptSource:
         HubAccessError: A data set is out of reach.
     """
 
-    def __init__(self, prompts: Prompts) -> None:
+    def __init__(self, prompts: "Prompts") -> None:
         self.parts = _parts(prompts)
         self._weights = [weight for weight, _ in self.parts]
         if not self.parts or not all(0 < weight < float("inf") for weight in self._weights):
@@ -168,8 +166,7 @@ def _read_file(file: str | os.PathLike[str], column: str | None = None) -> list[
     if not os.path.isfile(path):
         raise DistillError(f"{str(path)!r} is no such file; expected a list of prompts, or a file.")
     if path.suffix.lower() in ("", ".txt") and column is None:
-        # Bytes that are not UTF-8 become lone surrogates, which are refused with their line. Unlike
-        # str.splitlines, this ends no line at form feeds or U+2028, which captions do hold.
+        # Surrogates are refused below. Unlike splitlines, no line ends at form feeds or U+2028.
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as text:
             return _distinct(iter(partial(text.readline, _LONGEST + 1), ""), path.name)
     content = path.read_bytes() if path.suffix.lower() in (".json", ".jsonl") else b""

@@ -5,8 +5,6 @@ the prompt whose embeddings it reads. So samples of different trajectories and t
 call. For a pipeline that changes T5's embeddings on their way, its own code is run instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,7 +40,7 @@ class Call:
     def __len__(self) -> int:
         return len(self.places)
 
-    def without(self, *prompts: int) -> Call | None:
+    def without(self, *prompts: int) -> "Call | None":
         """Only the samples of other prompts, if it can be taken apart; None if there are none."""
         return self
 
@@ -79,7 +77,7 @@ class Samples(Call):
 
         return self.denoiser, repr(map_tensors(self.kwargs, describe)), self.target.shape[1:]
 
-    def without(self, *prompts: int) -> Samples | None:
+    def without(self, *prompts: int) -> "Samples | None":
         """Only the samples of other prompts; None if there are none."""
         kept = [i for i, prompt in enumerate(self.prompts) if prompt not in prompts]
         if len(kept) == len(self):

@@ -1,7 +1,5 @@
 """The result of a run, and the files that show it: history, metadata, plot, images, card notes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -16,27 +14,29 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import __version__
 from ..encoder import SlimT5Encoder
 from ..errors import ConfigError, DistillError
 from ..hub import read_json, write_atomic
+from ..table import Table
 from .config import DistillConfig
 from .metrics import GapReport
 from .pipeline import denoisers, teacher_of, tensor_sha256
 from .prompts import PromptSource
 
 CHECKPOINTS, METADATA, HISTORY = "checkpoints", "distillation.json", "history.jsonl"
-# Settings that don't change the weights that a run comes to, and so may differ when it is resumed.
-# The batch may be cut in other ways, as its product counts.
+# Settings that may differ when a run is resumed: of those of the batch, only the product counts.
 _FREE = ["batch_size", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints"]
 _FREE += ["eval_every", "samples_every", "trackers"]
+_FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 _SAVED = {"architectures", "dtype", "transformers_version"}  # what a save adds to a config
 
 
-@dataclass
-class DistillResult:
+@dataclass(repr=False)
+class DistillResult(Table):
     """The outcome of a distillation; `print(result)` shows its numbers.
 
     Attributes:
@@ -54,10 +54,10 @@ class DistillResult:
         peak_memory_gib: The highest use of the main process's GPU, in GiB; None without CUDA.
     """
 
-    student: SlimT5Encoder = field(repr=False)
+    student: SlimT5Encoder
     output_dir: Path | None = None
-    report: GapReport | None = field(default=None, repr=False)
-    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    report: GapReport | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     skipped: int = 0
     seconds: float = 0.0
@@ -82,10 +82,10 @@ class DistillResult:
         self.history.append({name: value for name, value in entry.items() if value is not None})
         return self.history[-1]
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, Any]]:
         shown = {name: round(n, 5) for name, n in self.numbers().items() if n is not None}
         shown |= {"gap": self.report} if self.report else {}
-        return "\n".join(f"{name:<16}  {value}" for name, value in shown.items())
+        return list(shown.items())
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
@@ -213,11 +213,21 @@ def write_run(folder: Path, facts: Mapping[str, Any], result: DistillResult) -> 
     write_atomic(folder / HISTORY, lines.encode())
 
 
-def card_notes(facts: Mapping[str, Any], result: DistillResult, images: Sequence[str]) -> str:
-    """The distillation's part of the model card, in Markdown; `images` lie beside the card."""
+def card_facts(
+    facts: Mapping[str, Any], result: DistillResult, images: Sequence[str]
+) -> dict[str, Any]:
+    """The distillation's part of a `model_card`; `images` lie beside it."""
+    metadata: dict[str, Any] = {}
+    if f"of {_FLUX_DEV}" in facts["pipeline"]:  # whose licence covers what is derived from it
+        metadata |= {"license": "other", "license_name": "flux-1-dev-non-commercial-license"}
+        metadata["license_link"] = f"https://huggingface.co/{_FLUX_DEV}/blob/main/LICENSE.md"
+    if result.gap is not None and math.isfinite(result.gap):
+        prompts = f"{facts['identity']['eval_prompts']['prompts']} held-out prompts"
+        gap = ("text-to-image", "prompts", prompts, "velocity-gap", round(result.gap, 5))
+        metadata["eval_results"] = [EvalResult(*gap, metric_name="velocity gap")]
     content = json.dumps({**facts, "result": result.numbers()}, indent=2)
     shown = "\n\n".join(f"![{image}]({image})" for image in images)
-    return f"""\
+    notes = f"""\
 ## Distillation
 
 Distilled from the {facts["teacher"]} in a {facts["pipeline"]}.
@@ -230,6 +240,7 @@ Velocity gap (0: the teacher, 1: an empty prompt): {result.report or "not measur
 {content}
 ```
 """
+    return {"notes": notes, "metadata": metadata}
 
 
 def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -6,8 +6,6 @@ own prompts, noise and trajectories. So a run resumes from its counters alone, a
 are spread over batches and processes changes nothing in what it learns from.
 """
 
-from __future__ import annotations
-
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ the teacher's dtype: 0.63 MB for 77 tokens of 4096 channels in bfloat16, 4.2 MB 
 kept as well: FLUX.1 and SD3 read its embeddings, too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,12 +1,11 @@
 """Distil a student in the place of a pipeline's T5."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -137,12 +136,9 @@ def train(
         sampled = measure.prompts[:4] if measure and config.samples_every else []
 
         def sample(encode: pipeline.Encode) -> list[Image.Image]:
-            images: list[Image.Image] = []
-            for seed, prompt in enumerate(sampled, config.seed):  # one by one, to save memory
-                images += pipeline.run_pipeline(
-                    pipe, [prompt], kwargs, [seed], encode=encode, decode=True
-                )
-            return images
+            run = partial(pipeline.run_pipeline, pipe, encode=encode, decode=True)
+            each = enumerate(sampled, config.seed)  # one by one, to save memory
+            return [image for seed, prompt in each for image in run([prompt], kwargs, [seed])]
 
         # At once: a device without room for the decoder is noticed now.
         teacher_images = sample(pipeline.call_encoder)
@@ -280,10 +276,8 @@ def check_launch(config: DistillConfig) -> None:
     """
     kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
     allowed = {f"ACCELERATE_USE_{kind}": "false" for kind in kinds}
-    allowed |= {
-        "ACCELERATE_DYNAMO_BACKEND": "no",
-        "ACCELERATE_MIXED_PRECISION": config.mixed_precision,
-    }
+    allowed["ACCELERATE_DYNAMO_BACKEND"] = "no"
+    allowed["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
     for variable, value in allowed.items():
         if (launched := os.environ.get(variable, "no").lower()) not in ("", "no", "false", value):
             raise DistillError(
@@ -317,10 +311,10 @@ def _finish(
         with _side_job("The plot of the run, for which pip install 't5slim[train]',"):
             report.plot_run(result.history, folder / "run.png")
         images = [*folder.glob("run.png"), *sorted(folder.glob("samples-*.png"))[-1:]]
-    notes = report.card_notes(facts, result, [image.name for image in images])
+    shown = report.card_facts(facts, result, [image.name for image in images])
     if folder is not None and not (folder / "README.md").exists():  # somebody's own words stay
         with _side_job("The model card"):
-            card = model_card(student, folder.resolve().name, notes)
+            card = model_card(student, folder.resolve().name, **shown)
             write_atomic(folder / "README.md", str(card).encode())
     if push_to_hub:
-        student.push_to_hub(push_to_hub, notes=notes, files=images)
+        student.push_to_hub(push_to_hub, files=images, **shown)

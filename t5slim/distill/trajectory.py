@@ -7,8 +7,6 @@ whenever the denoiser is called, the teacher's embeddings are put in the place o
 A pipeline that does more than copying is told by a guard, and captured without codes.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +22,7 @@ from . import pipeline
 from .pipeline import Encode, Path, first_tensor, map_tensors, tensors_in, with_first_tensor
 from .teacher import TeacherEmbeddings
 
-# Codes have digits from 1 to 16: integers that bfloat16 and float16 hold exactly, and none of them
-# is the 0 of a padding. Five digits count a million token embeddings.
+# Digits are 1 to 16: exact in bfloat16 and float16, and no padding's 0. Five count to a million.
 _BASE, _DIGITS = 16, 5
 _FALLBACK = "fallback"  # in `layouts`: why this pipeline is captured without codes
 
@@ -188,8 +185,7 @@ def _record(
     """Record the requested trajectory, with T5's embeddings coded on their way or not."""
     found = replace(request, encoder_calls=[], origin=[], denoiser_calls=[])
     embeddings: list[Tensor] = []  # (B, S, D) of each encoder call that is coded
-    # Of each tensor: itself, as its id would be given to another one if it were freed; its copy,
-    # made once; and what stands in it (see `_copy`).
+    # Of each tensor: itself, so that no other one gets its id; its copy, and what stands in it.
     copies: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
     denoisers = pipeline.denoisers(pipe)
     attention = {name: getattr(d, "attn_processors", None) for name, d in denoisers.items()}
@@ -292,8 +288,7 @@ def _check_gather(pipe: Any, trajectory: Trajectory, teacher: TeacherEmbeddings)
 
 def _batch_dims(pipe: Any, trajectory: Trajectory, teacher: TeacherEmbeddings) -> list[Dims]:
     """Find the batch dimensions of the arguments, by a run with one prompt more: they grow."""
-    # Comparing lengths with the number of prompts would be a guess: FLUX's `txt_ids` with 32 tokens
-    # looks batched in a batch of 32.
+    # Their lengths alone don't tell: FLUX's `txt_ids` of 32 tokens look batched among 32 prompts.
     prompts, seed = trajectory.prompts, trajectory.seed
     found: list[Dims] = []
 

@@ -1,7 +1,5 @@
 """Quality and cost of students beside their teacher, on the same prompts and noise."""
 
-from __future__ import annotations
-
 from .compare import compare
 from .result import Comparison
 

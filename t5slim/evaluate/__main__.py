@@ -1,29 +1,27 @@
-"""`t5slim evaluate`: students compared with their teacher; see docs/comparing.md."""
+"""`t5slim compare`: students compared with their teacher; see docs/comparing.md."""
 
-from __future__ import annotations
-
-import io
 import sys
 from collections.abc import Sequence
 
-from ..distill.__main__ import command_parser, parse_arguments
+from ..distill.__main__ import Prompts, command_parser, exit_on_error, parse_arguments
 from ..distill.pipeline import check_pipeline_kwargs
-from ..errors import exit_on_error
 from .compare import check_request, compare
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what can be checked without the pipeline is checked before it is loaded."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # cp1252 and ASCII lack the table's arrows
-    parser = command_parser("t5slim evaluate")
-    skip: set[str | int] = {"pipe", "judge", "distances"}
-    names = parser.add_function_arguments(compare, skip=skip, as_positional=False)
+    parser = command_parser("t5slim compare", as_positional=True)
+    parser.add_argument("students", nargs="+", help="folders or Hub ids; in a file also by name")
+    parser.add_argument("prompts", type=Prompts, help="file, or folder with one for each category")
+    skip: set[str | int] = {"pipe", "students", "prompts", "judge", "distances"}
+    parser.add_function_arguments(compare, skip=skip)
     with exit_on_error():
         run, _ = parse_arguments(parser, arguments)
         check_request(run.students, run.prompts, run.seeds, run.output_dir)
         check_pipeline_kwargs(run.pipeline.cls, run.pipeline_kwargs)
-        print(compare(run.pipeline.load(), **{name: run[name] for name in names}))
+        print(compare(run.pop("pipeline").load(), **vars(run)))
     if run.output_dir is not None:
         print(f"\nThe same with images: {run.output_dir}/comparison.html")
 

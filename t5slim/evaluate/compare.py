@@ -1,7 +1,5 @@
 """Measurement of students against the teacher of a pipeline, on the same prompts and noise."""
 
-from __future__ import annotations
-
 import math
 import os
 import timeit
@@ -9,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from operator import index
+from pathlib import Path
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
@@ -25,7 +24,7 @@ from ..distill.prompts import PromptSource
 from ..distill.report import peak_memory_gib, reset_peak_memory
 from ..distill.teacher import CachedTeacher
 from ..errors import ConfigError
-from ..hub import make_folder
+from ..hub import local_path, make_folder
 from ..patch import is_student, patch_pipeline, student_config, unpatch_pipeline
 from ..slot import TextSlot
 from .result import LABELS, SAMPLE_KEYS, TEACHER, Comparison
@@ -56,7 +55,8 @@ def compare(
             call this within `cached_teacher`.
         students: One, several, or a mapping of names to them: a `SlimT5Encoder` or another encoder
             for the slot, or the folder or Hub id of a student. None: the one in the pipeline.
-        prompts: A list or a file, as for `train`; or a mapping of categories to them.
+        prompts: A list or a file, as for `train`; or a mapping of categories to them; or a folder
+            with a file of each category, such as `text rendering.txt`.
         seeds: Seeds of the noise; each prompt is generated from each.
         pipeline_kwargs: Arguments of the pipeline's call, as for `train`.
         judge: Called as `judge(image, prompt)` with each image (PIL, RGB); returns numbers by name,
@@ -154,6 +154,8 @@ def check_request(
             raise ConfigError("Two students have one name: pass a mapping of names to students.")
     if not named or TEACHER in named:
         raise ConfigError(f"Got students {[*named]}; expected one or more, none {TEACHER!r}.")
+    if isinstance(prompts, str | os.PathLike) and os.path.isdir(folder := local_path(prompts)):
+        prompts = {file.stem: file for file in sorted(Path(folder).glob("*.txt"))}
     by_category = isinstance(prompts, Mapping) and not _FORMS & prompts.keys()
     parts = prompts if by_category else {None: prompts}
     _check_names({*named, *parts} - {None})

@@ -1,7 +1,5 @@
 """Result of a comparison: a table, JSON, an image grid, and one HTML page."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -106,6 +104,10 @@ class Comparison:
     def __repr__(self) -> str:
         count = self.samples["prompt"].nunique()
         return f"{self.table().to_string()}\n\n±: standard deviation over {count} prompts."
+
+    def _repr_html_(self) -> str:
+        table = self.table().rename(index=lambda name: name.replace("  ", "↳ ", 1))
+        return f"{table.to_html()}<p>{repr(self).splitlines()[-1]}</p>"
 
     def image_grid(self) -> Image.Image:
         """The images of the first seed: a column for each encoder, headed rows for the prompts."""

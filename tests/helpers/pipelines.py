@@ -1,7 +1,5 @@
 """More tiny pipelines than `tiny` has, and what the tests of slot and patch do with them."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil

@@ -1,7 +1,5 @@
 """Tiny students without a pipeline."""
 
-from __future__ import annotations
-
 import torch
 
 from t5slim import SlimT5Config, SlimT5Encoder
