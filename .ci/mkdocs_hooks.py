@@ -1,0 +1,44 @@
+"""README.md and CHANGELOG.md as pages of the site, and its links into the repository.
+
+They need an address, `Source` of `[project.urls]` in pyproject.toml. Without it, they are plain text.
+"""
+
+import inspect
+import re
+from pathlib import Path
+from posixpath import join, normpath
+from pydoc import locate
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
+FOUND = re.search(r'^Source = "(.*?)/?"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+BLOB = f"{FOUND[1]}/blob/main/" if FOUND else ""
+# Code comes first: in it, `calls[0](x)` is no link.
+LINK = re.compile(r"```.*?```|`[^`\n]*`|!?\[([^]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)", re.S)
+
+
+def on_files(files, config):
+    for page, source in SOURCES.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text("utf-8")))
+
+
+def on_page_markdown(markdown, page, **_):
+    def rewrite(match):
+        text, target, anchor = match.groups("")
+        path = normpath(join("" if page.file.src_uri in SOURCES else "docs", target))
+        if not target or path.startswith("docs/"):
+            return match[0].replace(f"({target}", f"({path.removeprefix('docs/')}", bool(target))
+        return f"[{text}]({BLOB}{path}{anchor})" if BLOB else text
+
+    return LINK.sub(rewrite, markdown)
+
+
+def on_page_content(html, **_):
+    def add_source(match):
+        thing = inspect.unwrap(locate(match[1]))
+        path = Path(inspect.getsourcefile(thing)).relative_to(ROOT).as_posix()
+        return f"{match[0]}<a href='{BLOB}{path}#L{inspect.getsourcelines(thing)[1]}'>source</a>"
+
+    return re.sub(r'<h3 id="(t5slim\.[\w.]+)"[^>]*>', add_source, html) if BLOB else html
