@@ -1,6 +1,6 @@
 """README.md and CHANGELOG.md as pages of the site, and its links into the repository.
 
-They need an address, `Source` of `[project.urls]` in pyproject.toml. Without it, they are plain text.
+These need an address, `Source` of `[project.urls]` in pyproject.toml: without it, they are text.
 """
 
 import inspect
