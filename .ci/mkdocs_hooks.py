@@ -36,6 +36,7 @@ def on_page_markdown(markdown, page, **_):
 
 
 def on_page_content(html, **_):
+    html = html.replace("::</p>", ":</p>")  # before the code of a docstring
     def add_source(match):
         thing = inspect.unwrap(locate(match[1]))
         path = Path(inspect.getsourcefile(thing)).relative_to(ROOT).as_posix()
