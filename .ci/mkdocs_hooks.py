@@ -3,11 +3,9 @@
 These need an address, `Source` of `[project.urls]` in pyproject.toml: without it, they are text.
 """
 
-import inspect
 import re
 from pathlib import Path
 from posixpath import join, normpath
-from pydoc import locate
 
 from mkdocs.structure.files import File
 
@@ -37,9 +35,5 @@ def on_page_markdown(markdown, page, **_):
 
 def on_page_content(html, **_):
     html = html.replace("::</p>", ":</p>")  # before the code of a docstring
-    def add_source(match):
-        thing = inspect.unwrap(locate(match[1]))
-        path = Path(inspect.getsourcefile(thing)).relative_to(ROOT).as_posix()
-        return f"{match[0]}<a href='{BLOB}{path}#L{inspect.getsourcelines(thing)[1]}'>source</a>"
-
-    return re.sub(r'<h3 id="(t5slim\.[\w.]+)"[^>]*>', add_source, html) if BLOB else html
+    source = f"Source code in <a href='{BLOB}\\1'>\\1</a>"
+    return re.sub(r"Source code in <code>(.*?)</code>", source, html) if BLOB else html
