@@ -77,7 +77,8 @@ def patch_pipeline(
 
     Returns:
         The same pipeline, or the one that was loaded. The student is in evaluation mode, and has
-        the device and dtype of the T5 that it replaces; with a class, those of the pipeline.
+        the device and dtype of the T5 that it replaces; with a class, those of the pipeline. After
+        an error, the pipeline is as it was.
 
     Raises:
         NoT5SlotError: The pipeline has no T5, as FLUX.2 and SDXL.
@@ -85,7 +86,6 @@ def patch_pipeline(
             is no such encoder; or none is published for this pipeline.
         PatchError: There is a student in the pipeline; or `device_map` spreads the pipeline.
         ConfigError, CheckpointError, HubAccessError: As in `SlimT5Encoder.from_pretrained`.
-        After each of them, the pipeline is as it was.
     """
     if not isinstance(pipe, type):
         if not kwargs and (source is None or student is None):

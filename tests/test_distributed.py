@@ -14,7 +14,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "two batches": {"batch_size": 4, "gradient_accumulation_steps": 2},
     "two processes": {"batch_size": 4, "processes": 2},
     "both": {"batch_size": 2, "gradient_accumulation_steps": 2, "processes": 2},
-    # As in docs/command-line.md; evaluations are made by both processes then.
+    # As in docs/distributed.md; evaluations are made by both processes then.
     "sharded": {"batch_size": 4, "processes": 2, "sharded": True},
 }
 

@@ -162,7 +162,7 @@ def comparable(name: str, changes: dict[str, Any]) -> DistillResult:
 
 
 def shard(transformer: Any) -> None:
-    """Spread the weights of FLUX's denoiser over the processes, as docs/command-line.md has it."""
+    """Spread the weights of FLUX's denoiser over the processes, as docs/distributed.md has it."""
     device = Accelerator().device
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
