@@ -11,6 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
+PAGES = {source: f"docs/{page}" for page, source in SOURCES.items()}
 FOUND = re.search(r'^Source = "(.*?)/?"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
 BLOB = f"{FOUND[1]}/blob/main/" if FOUND else ""
 # Code comes first: in it, `calls[0](x)` is no link.
@@ -26,6 +27,7 @@ def on_page_markdown(markdown, page, **_):
     def rewrite(match):
         text, target, anchor = match.groups("")
         path = normpath(join("" if page.file.src_uri in SOURCES else "docs", target))
+        path = PAGES.get(path, path)
         if not target or path.startswith("docs/"):
             return match[0].replace(f"({target}", f"({path.removeprefix('docs/')}", bool(target))
         return f"[{text}]({BLOB}{path}{anchor})" if BLOB else text

@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # Not lazy: it registers students with transformers, and diffusers finds them in sys.modules only.
 from .encoder import ProjectionAdapter, SlimT5Config, SlimT5Encoder
@@ -18,10 +18,6 @@ from .errors import (
     T5SlimError,
 )
 from .patch import patch_pipeline, students, unpatch_pipeline
-
-if TYPE_CHECKING:
-    from . import distill as distill
-    from . import evaluate as evaluate
 
 __all__ = [
     "CheckpointError",

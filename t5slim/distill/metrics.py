@@ -17,7 +17,6 @@ from ..errors import ConfigError, DistillError
 from ..hub import check_weights
 from ..patch import check_fit, student_config
 from ..slot import TextSlot, compute_dtype, embedding_width, is_student
-from ..table import Table
 from .objective import velocity_loss
 from .pipeline import batches_of, evaluating, teacher_of
 from .prompts import Prompts, PromptSource
@@ -27,7 +26,7 @@ from .trajectory import Trajectory, capture
 
 
 @dataclass(frozen=True, repr=False)
-class GapReport(Table):
+class GapReport:
     """A velocity gap by prompt and by denoiser call, and where it comes from.
 
     Attributes:
@@ -68,12 +67,9 @@ class GapReport(Table):
         """(C,), the gap at each call; NaN for a call that reads the negative prompt alone."""
         return self.distances.sum(0) / self.denominators.sum(0)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         low, high = self.interval
         return f"{self.gap:.4f} (95% interval {low:.4f} to {high:.4f}; median {self.median:.4f})"
-
-    def _rows(self) -> list[tuple[str, Any]]:
-        return [("velocity gap", str(self)), ("prompts", len(self.distances))]
 
 
 def velocity_gap(

@@ -31,9 +31,7 @@ class Objective:
     """
 
     def __init__(self, pipe: Any, reservoir: TrajectoryReservoir, config: DistillConfig) -> None:
-        self._pipe = pipe
-        self._teacher = reservoir.teacher
-        self._config = config
+        self._pipe, self._teacher, self._config = pipe, reservoir.teacher, config
         self._device = torch.device(pipe._execution_device)
         self._metrics: dict[str, Tensor | None] = {"embedding": None}
         if "fisher" in config.objective:

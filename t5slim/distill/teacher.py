@@ -213,8 +213,7 @@ class CachedTeacher(PreTrainedModel):
         config = T5Config(d_model=cache.like.shape[1])
         config.name_or_path = cache.teacher["name_or_path"]
         super().__init__(config)
-        self._cache = cache
-        self._tokenizer = tokenizer
+        self._cache, self._tokenizer = cache, tokenizer
         # Where pipelines find the dtype and the device. A layer, as offload hooks go on layers.
         self.marker = nn.Embedding.from_pretrained(cache.like.new_zeros(1, 1))
 
