@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from lens.lens import hidden_states, lens, lens_grid, main
-from PIL import Image
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, component, tiny_flux, tiny_ltx, tiny_student
 from transformers import T5EncoderModel, UMT5EncoderModel
 
@@ -20,10 +19,7 @@ def test_the_last_layer_gives_the_images_of_the_whole_encoder(name: str) -> None
     student = tiny_student(pipe, num_layers=3)
     kwargs = call_kwargs(pipe)
     seen = lens(pipe, PROMPTS[:2], {"mine": student}, seed=4, pipeline_kwargs=kwargs)
-    assert {name: list(images) for name, images in seen.items()} == {
-        "teacher": [0, 1, 2],
-        "mine": [0, 1, 2, 3],
-    }
+    assert [list(images) for images in seen.values()] == [[0, 1, 2], [0, 1, 2, 3]]
     assert lens_grid(PROMPTS, seen, [1, 0]).width > 4 * seen["mine"][0][1].width
     some = lens(pipe, PROMPTS[1:2], {"mine": student}, layers=(0, 3, -1), pipeline_kwargs=kwargs)
     assert [list(images) for images in some.values()] == [[0, 2], [0, 3]]
@@ -32,8 +28,7 @@ def test_the_last_layer_gives_the_images_of_the_whole_encoder(name: str) -> None
             patch_pipeline(pipe, student)
         generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
         images = pipe(PROMPTS[:2], generator=generators, **kwargs | {"output_type": "pil"}).images
-        *_, last = seen[encoder].values()
-        assert np.array_equal(last, images)
+        assert np.array_equal([*seen[encoder].values()][-1], images)
         assert not np.array_equal(seen[encoder][0][1], images[1])
 
 
@@ -73,12 +68,9 @@ def test_what_has_no_layers_or_no_images_is_refused() -> None:
 
 
 def test_the_command(tmp_path, capsys, monkeypatch) -> None:
-    where = tmp_path / "lens.png"
-    monkeypatch.setattr("sys.argv", ["lens.py", "--count", "1", "--out", str(where)])
+    monkeypatch.chdir(tmp_path)  # where the image grid is saved
+    monkeypatch.setattr("sys.argv", ["lens.py", "--count", "1"])
     main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines] == [
-        [name, "layer", str(i)] for name, last in (("teacher", 6), ("student", 2)) for i in range(last + 1)
-    ]
-    assert lines[6].split("  ", 2)[2].startswith("quality 100% (21 to 100)")
-    assert Image.open(where).mode == "P"
+    assert [line.split()[0] for line in lines] == ["teacher"] * 7 + ["student"] * 3
+    assert "quality 100% (21 to 100)" in lines[6]
