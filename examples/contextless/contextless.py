@@ -133,9 +133,10 @@ def read_prompts(
     """Prompts and the empty one as the pipeline tokenizes them, each once, not yet encoded."""
     kwargs, read = check_pipeline_kwargs(pipe, pipeline_kwargs), TeacherEmbeddings()
     texts = [*PromptSource(prompts).all(), ""]
-    for start in range(0, len(texts), _BATCH):
-        for tokens in tokenize(pipe, texts[start : start + _BATCH], kwargs):
-            read.add(*tokens)
+    with frozen(pipe, gradient_checkpointing=False):
+        for start in range(0, len(texts), _BATCH):
+            for tokens in tokenize(pipe, texts[start : start + _BATCH], kwargs):
+                read.add(*tokens)
     return read
 
 

@@ -10,9 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from t5slim import SlimT5Encoder, patch_pipeline, unpatch_pipeline
 from t5slim.distill import VelocityGap
@@ -30,17 +27,21 @@ def main() -> None:
     parser.add_argument("--student", default=STUDENT, help="a folder or Hub id")
     parser.add_argument("--captions", type=int, default=2000, help="to average, of each criterion")
     parser.add_argument("--count", type=int, default=33, help="to measure on, of each criterion")
+    parser.add_argument("--steps", type=int, default=4, help="of each image")
     args = parser.parse_args()
     pipe = load_pipeline()
     prompts = captions(args.captions, held_out=False)[1]
     table = ContextlessEncoder.from_teacher(pipe, prompts, pipeline_kwargs=CALL)
     student = SlimT5Encoder.from_pretrained(args.student, dtype=pipe.dtype).to(pipe.device)
     scenes, texts = captions(args.count, held_out=True, seed=2)
-    measure = VelocityGap(pipe, texts, pipeline_kwargs=CALL)
-    columns = {"teacher": generate(pipe, texts)}
+    kwargs = CALL | {"num_inference_steps": args.steps}
+    measure = VelocityGap(pipe, texts, pipeline_kwargs=kwargs)
+    columns = {"teacher": generate(pipe, texts, **kwargs)}
     for name, encoder in {"table": table, "student": student}.items():
         print(f"{name}: velocity gap {measure.report(encoder)} on {len(measure.prompts)} captions")
-        columns[name] = generate_with(pipe, encoder, texts)
+        patch_pipeline(pipe, encoder, keep_teacher=True)
+        columns[name] = generate(pipe, texts, **kwargs)
+        unpatch_pipeline(pipe)
     for name, images in columns.items():
         right = judge.accuracy_with_intervals(scenes, images)
         print(f"{name}:", ", ".join(f"{key} {share}" for key, share in right.items()))
@@ -49,15 +50,6 @@ def main() -> None:
     drawn = {name: [images[i] for i in shown] for name, images in columns.items()}
     image = grid([texts[i] for i in shown], drawn, cell=160)
     image.quantize(64).save(args.out, optimize=True)
-
-
-def generate_with(pipe: Any, encoder: Any, texts: list[str]) -> list[np.ndarray]:
-    """Images of captions with an encoder in the place of the teacher."""
-    patch_pipeline(pipe, encoder, keep_teacher=True)
-    try:
-        return generate(pipe, texts)
-    finally:
-        unpatch_pipeline(pipe)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from shapes_world.students import fresh_student
 KWARGS = CALL | {"num_inference_steps": 6}
 STARTS = ("random", "table", "table alone")
 OBJECTIVES = ("fisher", "embedding")
+Run = tuple[int, str, str]  # updates, objective, start
 
 
 def main() -> None:
@@ -53,24 +55,21 @@ def main() -> None:
     means = mean_embeddings(pipe, prompts, KWARGS)
     held_out = captions(args.count, held_out=True, seed=2)[1]
     measure = VelocityGap(pipe, held_out, pipeline_kwargs=KWARGS)
-    print("updates  seed  objective  start        velocity gap")
+    print(f"{len(measure.prompts)} captions\nupdates  seed  objective  start        velocity gap")
     for seed in args.seeds:
         for start in args.starts:
-            report = measure.report(started(start, seed, means))
+            report = measure.report(started(start, seed, means).to(pipe.device))
             print(f"{0:<7}  {seed:<4}  {'':<9}  {start:<11}  {report}", flush=True)
-        for updates in args.updates:
-            students = {
-                (objective, start): started(start, seed, means).to(pipe.device)
-                for objective in args.objectives
-                for start in args.starts
-            }
-            config = DistillConfig(
-                objective=dict.fromkeys(args.objectives, 1.0), max_steps=updates, seed=seed
-            )
-            train_together(pipe, students, prompts, config, KWARGS)
-            for (objective, start), student in students.items():
-                line = f"{updates:<7}  {seed:<4}  {objective:<9}  {start:<11}"
-                print(f"{line}  {measure.report(student)}", flush=True)
+        runs = {
+            (updates, objective, start): started(start, seed, means).to(pipe.device)
+            for updates in args.updates
+            for objective in args.objectives
+            for start in args.starts
+        }
+        config = DistillConfig(objective=dict.fromkeys(args.objectives, 1.0), seed=seed)
+        for (updates, objective, start), student in trained(pipe, runs, prompts, config, KWARGS):
+            line = f"{updates:<7}  {seed:<4}  {objective:<9}  {start:<11}"
+            print(f"{line}  {measure.report(student)}", flush=True)
 
 
 def started(start: str, seed: int, means: Tensor) -> SlimT5Encoder:
@@ -147,26 +146,42 @@ def silence_layers(student: SlimT5Encoder) -> None:
         block.layer[1].DenseReluDense.wo.weight.zero_()
 
 
-def train_together(
+def trained(
     pipe: Any,
-    students: Mapping[tuple[str, str], SlimT5Encoder],
+    runs: Mapping[Run, SlimT5Encoder],
     prompts: Sequence[str],
     config: DistillConfig,
     pipeline_kwargs: Mapping[str, Any],
-) -> None:
-    """Train students in place along the same batches, each by the objective in its name, without
-    velocity."""
-    device = torch.device(pipe._execution_device)
-    learners = {name: Learner(student, config, device) for name, student in students.items()}
+) -> Iterator[tuple[Run, SlimT5Encoder]]:
+    """Train students without velocity, along the same batches, each as `train` would alone.
+
+    Args:
+        pipe: The pipeline with the teacher.
+        runs: A student for each number of updates, objective and start. Trained in place.
+        prompts: As for `train`.
+        config: The settings; each run has its own `max_steps`.
+        pipeline_kwargs: How to call the pipeline.
+
+    Yields:
+        Every run when it is finished, and its student.
+    """
+    device, steps = torch.device(pipe._execution_device), max(updates for updates, *_ in runs)
+    config = replace(config, max_steps=steps)
+    learners = {
+        run: Learner(student, replace(config, max_steps=run[0]), device)
+        for run, student in runs.items()
+    }
     reservoir = TrajectoryReservoir(pipe, prompts, config, pipeline_kwargs=pipeline_kwargs)
     with frozen(pipe, config.gradient_checkpointing):
         objective = Objective(pipe, reservoir, config)
-        for step in tqdm(range(config.max_steps), "distil"):
+        for step in tqdm(range(steps), "distil"):
             (batch,) = reservoir.batches(step, denoiser=False)
-            for (term, _), learner in learners.items():
+            for run, learner in [*learners.items()]:
+                updates, term, _ = run
                 learner.update(objective(learner.student, batch, {term: 1.0}))
-    for learner in learners.values():
-        learner.finish()
+                if step + 1 == updates:
+                    learner.finish()
+                    yield run, learners.pop(run).student
 
 
 if __name__ == "__main__":

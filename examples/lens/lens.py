@@ -46,16 +46,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("lens.png"), help="image grid")
     parser.add_argument("--student", default=STUDENT, help="a folder or Hub id")
     parser.add_argument("--count", type=int, default=33, help="captions of each criterion")
+    parser.add_argument("--steps", type=int, default=4, help="of each image")
     args = parser.parse_args()
     pipe = load_pipeline()
     student = SlimT5Encoder.from_pretrained(args.student, dtype=pipe.dtype).to(pipe.device)
     scenes, texts = captions(args.count, held_out=True, seed=2)
-    images = lens(pipe, texts, {"student": student}, pipeline_kwargs=CALL)
+    kwargs = CALL | {"num_inference_steps": args.steps}
+    images = lens(pipe, texts, {"student": student}, pipeline_kwargs=kwargs)
     for name, by_layer in images.items():
         for layer, generated in by_layer.items():
             right = judge.accuracy_with_intervals(scenes, [np.asarray(one) for one in generated])
             columns = "".join(f"{key} {share:<18}" for key, share in right.items())
-            print(f"{name:<8} layer {layer}  {columns}")
+            print(f"{name:<8} layer {layer}  {columns}", flush=True)
     of_criteria = (range(k * args.count, (k + 1) * args.count) for k in range(len(world.CRITERIA)))
     shortest = [min(indices, key=lambda i: len(texts[i])) for indices in of_criteria]
     grid = lens_grid(texts, images, shortest, cell=128)

@@ -69,7 +69,7 @@ def test_what_has_no_layers_or_no_images_is_refused() -> None:
 
 def test_the_command(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # where the image grid is saved
-    monkeypatch.setattr("sys.argv", ["lens.py", "--count", "1"])
+    monkeypatch.setattr("sys.argv", ["lens.py", "--count", "1", "--steps", "1"])
     main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["teacher"] * 7 + ["student"] * 3
