@@ -56,8 +56,8 @@ def main() -> None:
     for name, by_layer in images.items():
         for layer, generated in by_layer.items():
             right = judge.accuracy_with_intervals(scenes, [np.asarray(one) for one in generated])
-            columns = "".join(f"{key} {share:<18}" for key, share in right.items())
-            print(f"{name:<8} layer {layer}  {columns}", flush=True)
+            columns = ", ".join(f"{key} {share}" for key, share in right.items())
+            print(f"{name}, layer {layer}: {columns}", flush=True)
     of_criteria = (range(k * args.count, (k + 1) * args.count) for k in range(len(world.CRITERIA)))
     shortest = [min(indices, key=lambda i: len(texts[i])) for indices in of_criteria]
     grid = lens_grid(texts, images, shortest, cell=128)

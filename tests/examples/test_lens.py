@@ -72,5 +72,5 @@ def test_the_command(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["lens.py", "--count", "1", "--steps", "1"])
     main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["teacher"] * 7 + ["student"] * 3
+    assert [line.split(",")[0] for line in lines] == ["teacher"] * 7 + ["student"] * 3
     assert "quality 100% (21 to 100)" in lines[6]
