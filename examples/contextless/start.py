@@ -17,8 +17,9 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +28,27 @@ from tqdm.auto import tqdm
 from t5slim import SlimT5Encoder
 from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, VelocityGap
 from t5slim.distill.pipeline import frozen, teacher_of
+from t5slim.distill.teacher import TeacherEmbeddings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from contextless.contextless import encoded_batches, read_prompts
 from series.series import Learner
 from shapes_world.generation import CALL, captions, load_pipeline
 from shapes_world.students import fresh_student
 
-KWARGS = CALL | {"num_inference_steps": 6}
+from contextless.contextless import encoded_batches, read_prompts
+
+KWARGS = CALL | {"num_inference_steps": 4}
 STARTS = ("random", "table", "table alone")
 OBJECTIVES = ("fisher", "embedding")
-Run = tuple[int, str, str]  # updates, objective, start
+
+
+class Run(NamedTuple):
+    """A student's training: how long, from which seed and start, and what it learns."""
+
+    updates: int
+    seed: int
+    objective: str
+    start: str
 
 
 def main() -> None:
@@ -45,50 +56,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, nargs="+", default=[500, 2000, 8000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--starts", nargs="+", default=STARTS, choices=STARTS)
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
+    parser.add_argument("--starts", nargs="+", default=STARTS, choices=STARTS)
     parser.add_argument("--captions", type=int, default=2000, help="to train on, of each criterion")
     parser.add_argument("--count", type=int, default=33, help="to measure on, of each criterion")
     args = parser.parse_args()
     pipe = load_pipeline()
     prompts = captions(args.captions, held_out=False)[1]
-    means = mean_embeddings(pipe, prompts, KWARGS)
+    read = read_prompts(pipe, prompts, KWARGS)
+    means = mean_embeddings(pipe, read)
     held_out = captions(args.count, held_out=True, seed=2)[1]
     measure = VelocityGap(pipe, held_out, pipeline_kwargs=KWARGS)
-    print(f"{len(measure.prompts)} captions\nupdates  seed  objective  start        velocity gap")
-    for seed in args.seeds:
-        for start in args.starts:
-            report = measure.report(started(start, seed, means).to(pipe.device))
-            print(f"{0:<7}  {seed:<4}  {'':<9}  {start:<11}  {report}", flush=True)
-        runs = {
-            (updates, objective, start): started(start, seed, means).to(pipe.device)
-            for updates in args.updates
-            for objective in args.objectives
-            for start in args.starts
-        }
-        config = DistillConfig(objective=dict.fromkeys(args.objectives, 1.0), seed=seed)
-        for (updates, objective, start), student in trained(pipe, runs, prompts, config, KWARGS):
-            line = f"{updates:<7}  {seed:<4}  {objective:<9}  {start:<11}"
-            print(f"{line}  {measure.report(student)}", flush=True)
+
+    def show(run: Run, student: SlimT5Encoder) -> None:
+        line = f"{run.updates:>5} updates  seed {run.seed}  {run.objective:<9}  {run.start:<11}"
+        print(f"{line}  {measure.report(student.to(pipe.device))}", flush=True)
+
+    print(f"velocity gaps on {len(measure.prompts)} captions")
+    for start in args.starts:
+        untrained = Run(0, args.seeds[0], "", start)
+        show(untrained, started(untrained, means))
+    combinations = product(args.updates, args.seeds, args.objectives, args.starts)
+    runs = {run: started(run, means) for run in map(Run._make, combinations)}
+    config = DistillConfig(objective=dict.fromkeys(args.objectives, 1.0))
+    for run in trained(pipe, runs, prompts, config, KWARGS, read):
+        show(run, runs[run])
 
 
-def started(start: str, seed: int, means: Tensor) -> SlimT5Encoder:
+def started(run: Run, means: Tensor) -> SlimT5Encoder:
     """A student of 1/21, before it learns."""
-    student = fresh_student(seed)
-    if start != "random":
-        start_from_means(student, means.cpu())
-    if start == "table alone":
+    student = fresh_student(run.seed)
+    if run.start != "random":
+        start_from_means(student, means)
+    if run.start == "table alone":
         silence_layers(student)
     return student
 
 
 @torch.no_grad()
-def mean_embeddings(pipe: Any, prompts: Any, pipeline_kwargs: Mapping[str, Any]) -> Tensor:
-    """(V, D) float32, the mean of the teacher's embeddings of each token in `prompts`; NaN for a
-    token that isn't in them."""
-    sums = torch.zeros(teacher_of(pipe).config.vocab_size, teacher_of(pipe).config.d_model)
-    counts = torch.zeros(len(sums), 1)
-    for ids, encoded in encoded_batches(pipe, read_prompts(pipe, prompts, pipeline_kwargs)):
+def mean_embeddings(pipe: Any, read: TeacherEmbeddings) -> Tensor:
+    """(V, D) float32 on the CPU, the mean of the teacher's embeddings of each token in the prompts
+    that were read; NaN for a token that isn't in them."""
+    config = teacher_of(pipe).config
+    sums, counts = torch.zeros(config.vocab_size, config.d_model), torch.zeros(config.vocab_size, 1)
+    for ids, encoded in encoded_batches(pipe, read):
         sums.index_add_(0, ids.flatten().cpu(), encoded.flatten(0, 1).cpu().float())
         counts.index_add_(0, ids.flatten().cpu(), torch.ones(ids.numel(), 1))
     return sums / counts
@@ -151,37 +162,32 @@ def trained(
     runs: Mapping[Run, SlimT5Encoder],
     prompts: Sequence[str],
     config: DistillConfig,
-    pipeline_kwargs: Mapping[str, Any],
-) -> Iterator[tuple[Run, SlimT5Encoder]]:
-    """Train students without velocity, along the same batches, each as `train` would alone.
+    kwargs: Mapping[str, Any],
+    teacher: TeacherEmbeddings,
+) -> Iterator[Run]:
+    """Train students in place, without velocity, and yield each run when it is finished.
 
-    Args:
-        pipe: The pipeline with the teacher.
-        runs: A student for each number of updates, objective and start. Trained in place.
-        prompts: As for `train`.
-        config: The settings; each run has its own `max_steps`.
-        pipeline_kwargs: How to call the pipeline.
-
-    Yields:
-        Every run when it is finished, and its student.
+    Those of a seed learn from the same batches, and each as `train` would teach it alone; but the
+    Fisher information is measured once for all, by the seed of `config`.
     """
-    device, steps = torch.device(pipe._execution_device), max(updates for updates, *_ in runs)
-    config = replace(config, max_steps=steps)
-    learners = {
-        run: Learner(student, replace(config, max_steps=run[0]), device)
-        for run, student in runs.items()
+    device, seeds = torch.device(pipe._execution_device), {run.seed for run in runs}
+    configs = {run: replace(config, max_steps=run.updates) for run in runs}
+    learners = {run: Learner(student, configs[run], device) for run, student in runs.items()}
+    common: Any = {"pipeline_kwargs": kwargs, "teacher": teacher}
+    reservoirs = {
+        seed: TrajectoryReservoir(pipe, prompts, replace(config, seed=seed), **common)
+        for seed in seeds | {config.seed}
     }
-    reservoir = TrajectoryReservoir(pipe, prompts, config, pipeline_kwargs=pipeline_kwargs)
     with frozen(pipe, config.gradient_checkpointing):
-        objective = Objective(pipe, reservoir, config)
-        for step in tqdm(range(steps), "distil"):
-            (batch,) = reservoir.batches(step, denoiser=False)
+        objective = Objective(pipe, reservoirs[config.seed], config)
+        for step in tqdm(range(max(run.updates for run in runs)), "distil"):
+            batches = {seed: next(reservoirs[seed].batches(step, denoiser=False)) for seed in seeds}
             for run, learner in [*learners.items()]:
-                updates, term, _ = run
-                learner.update(objective(learner.student, batch, {term: 1.0}))
-                if step + 1 == updates:
-                    learner.finish()
-                    yield run, learners.pop(run).student
+                weights = {run.objective: 1.0}
+                learner.update(objective(learner.student, batches[run.seed], weights))
+                if step + 1 == run.updates:
+                    learners.pop(run).finish()
+                    yield run
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from contextless import control, start
-from contextless.contextless import ContextlessEncoder, token_kinds, words_of
-from contextless.start import mean_embeddings, silence_layers, start_from_means, trained
+from contextless.contextless import ContextlessEncoder, read_prompts, token_kinds, words_of
+from contextless.start import Run, mean_embeddings, silence_layers, start_from_means, trained
 from helpers.training import assert_same
 from sizes import MAX_TOKENS, T5_VOCAB
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
@@ -93,7 +93,8 @@ def test_it_goes_into_the_slot_and_out_again(name):
 
 def test_a_student_starts_from_the_table(pipe):
     """It says the mean of each token as nearly as its width allows, whatever stands beside it."""
-    means, ids = mean_embeddings(pipe, PROMPTS, call_kwargs(pipe)), ids_of(pipe, [*PROMPTS, ""])
+    means = mean_embeddings(pipe, read_prompts(pipe, PROMPTS, call_kwargs(pipe)))
+    ids = ids_of(pipe, [*PROMPTS, ""])
     teacher = pipe.text_encoder_2(ids)[0]
     assert torch.allclose(means[ids[1, 0]], teacher[ids == ids[1, 0]].mean(0), atol=1e-5)
     known = means.isfinite().all(1)
@@ -112,16 +113,15 @@ def test_a_student_starts_from_the_table(pipe):
 
 
 def test_students_that_train_together_learn_what_each_would_alone(pipe):
-    kwargs, changes = call_kwargs(pipe), {"batch_size": 2, "seed": 3}
-    runs = [(6, "fisher", ""), (4, "embedding", "")]
+    kwargs, settings = call_kwargs(pipe), {"batch_size": 2, "seed": 3, "max_steps": 6}
+    runs = [Run(6, 3, "fisher", ""), Run(4, 3, "embedding", ""), Run(4, 2, "embedding", "")]
     students = {run: tiny_student(pipe, dropout_rate=0.0) for run in runs}
-    both = DistillConfig(objective={"fisher": 1.0, "embedding": 1.0}, **changes)
-    finished = trained(pipe, students, PROMPTS, both, kwargs)
-    for (updates, term, _), student in finished:
-        config = DistillConfig(objective=term, max_steps=updates, **changes)
+    both, read = {"fisher": 1.0, "embedding": 1.0}, read_prompts(pipe, PROMPTS, kwargs)
+    for run in trained(pipe, students, PROMPTS, DistillConfig(both, **settings), kwargs, read):
         alone = tiny_student(pipe, dropout_rate=0.0)
-        train(pipe, alone, PROMPTS, config, pipeline_kwargs=kwargs)
-        assert_same(dict(alone.named_parameters()), dict(student.named_parameters()))
+        changes = {"objective": run.objective, "max_steps": run.updates, "seed": run.seed}
+        train(pipe, alone, PROMPTS, DistillConfig(**settings | changes), pipeline_kwargs=kwargs)
+        assert_same(dict(alone.named_parameters()), dict(students[run].named_parameters()))
 
 
 def test_the_commands(tmp_path, capsys, monkeypatch):
@@ -133,5 +133,5 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     assert "table: velocity gap " in printed and "teacher: quality 100% (21 to 100)" in printed
     monkeypatch.setattr("sys.argv", ["start.py", *few, "--updates", "1", "--seeds", "0"])
     start.main()
-    _, _, *lines = capsys.readouterr().out.splitlines()
-    assert len({line.split("  ", 2)[2] for line in lines}) == len(lines) == 9
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len({line.split(") ")[-1] for line in lines}) == len(lines) == 9
