@@ -49,7 +49,7 @@ def main() -> None:
     shown = [k * args.count + i for k in range(len(world.CRITERIA)) for i in of_each]
     drawn = {name: [images[i] for i in shown] for name, images in columns.items()}
     image = grid([texts[i] for i in shown], drawn, cell=160)
-    image.quantize(64).save(args.out, optimize=True)
+    image.quantize(128).save(args.out, optimize=True)
 
 
 if __name__ == "__main__":
