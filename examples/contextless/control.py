@@ -15,9 +15,10 @@ from t5slim import SlimT5Encoder, patch_pipeline, unpatch_pipeline
 from t5slim.distill import VelocityGap
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from contextless.contextless import ContextlessEncoder
 from shapes_world import judge, world
 from shapes_world.generation import CALL, STUDENT, captions, generate, grid, load_pipeline
+
+from contextless.contextless import ContextlessEncoder
 
 
 def main() -> None:

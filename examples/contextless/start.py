@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -76,11 +76,17 @@ def main() -> None:
     for start in args.starts:
         untrained = Run(0, args.seeds[0], "", start)
         show(untrained, started(untrained, means))
-    combinations = product(args.updates, args.seeds, args.objectives, args.starts)
-    runs = {run: started(run, means) for run in map(Run._make, combinations)}
     config = DistillConfig(objective=dict.fromkeys(args.objectives, 1.0))
-    for run in trained(pipe, runs, prompts, config, KWARGS, read):
-        show(run, runs[run])
+    common: Any = {"pipeline_kwargs": KWARGS, "teacher": read}
+    with frozen(pipe, config.gradient_checkpointing):
+        # Measured once: the Fisher information is the denoiser's, whatever the student.
+        objective = Objective(pipe, TrajectoryReservoir(pipe, prompts, config, **common), config)
+        for updates in args.updates:
+            combinations = product([updates], args.seeds, args.objectives, args.starts)
+            runs = {run: started(run, means) for run in map(Run._make, combinations)}
+            train_together(pipe, objective, runs, prompts, config, **common)
+            for run, student in runs.items():
+                show(run, student)
 
 
 def started(run: Run, means: Tensor) -> SlimT5Encoder:
@@ -157,37 +163,31 @@ def silence_layers(student: SlimT5Encoder) -> None:
         block.layer[1].DenseReluDense.wo.weight.zero_()
 
 
-def trained(
+def train_together(
     pipe: Any,
+    objective: Objective,
     runs: Mapping[Run, SlimT5Encoder],
     prompts: Sequence[str],
     config: DistillConfig,
-    kwargs: Mapping[str, Any],
-    teacher: TeacherEmbeddings,
-) -> Iterator[Run]:
-    """Train students in place, without velocity, and yield each run when it is finished.
-
-    Those of a seed learn from the same batches, and each as `train` would teach it alone; but the
-    Fisher information is measured once for all, by the seed of `config`.
-    """
-    device, seeds = torch.device(pipe._execution_device), {run.seed for run in runs}
-    configs = {run: replace(config, max_steps=run.updates) for run in runs}
-    learners = {run: Learner(student, configs[run], device) for run, student in runs.items()}
-    common: Any = {"pipeline_kwargs": kwargs, "teacher": teacher}
+    **common: Any,
+) -> None:
+    """Train the students of runs of one length, in place and without velocity: those of a seed
+    along the same batches, each as `train` would teach it alone."""
+    device, (steps,) = torch.device(pipe._execution_device), {run.updates for run in runs}
+    config = replace(config, max_steps=steps)
+    learners = {run: Learner(student, config, device) for run, student in runs.items()}
     reservoirs = {
         seed: TrajectoryReservoir(pipe, prompts, replace(config, seed=seed), **common)
-        for seed in seeds | {config.seed}
+        for seed in {run.seed for run in runs}
     }
-    with frozen(pipe, config.gradient_checkpointing):
-        objective = Objective(pipe, reservoirs[config.seed], config)
-        for step in tqdm(range(max(run.updates for run in runs)), "distil"):
-            batches = {seed: next(reservoirs[seed].batches(step, denoiser=False)) for seed in seeds}
-            for run, learner in [*learners.items()]:
-                weights = {run.objective: 1.0}
-                learner.update(objective(learner.student, batches[run.seed], weights))
-                if step + 1 == run.updates:
-                    learners.pop(run).finish()
-                    yield run
+    for step in tqdm(range(steps), "distil"):
+        for seed, reservoir in reservoirs.items():
+            (batch,) = reservoir.batches(step, denoiser=False)
+            for run, learner in learners.items():
+                if run.seed == seed:
+                    learner.update(objective(learner.student, batch, {run.objective: 1.0}))
+    for learner in learners.values():
+        learner.finish()
 
 
 if __name__ == "__main__":
