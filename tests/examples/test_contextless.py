@@ -7,13 +7,13 @@ import pytest
 import torch
 from contextless import control, start
 from contextless.contextless import ContextlessEncoder, read_prompts, token_kinds, words_of
-from contextless.start import Run, mean_embeddings, silence_layers, start_from_means, trained
+from contextless.start import Run, mean_embeddings, silence_layers, start_from_means, train_together
 from helpers.training import assert_same
 from sizes import MAX_TOKENS, T5_VOCAB
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
 
 from t5slim import patch_pipeline, unpatch_pipeline
-from t5slim.distill import DistillConfig, train
+from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, train
 from t5slim.slot import TextSlot
 
 
@@ -114,14 +114,17 @@ def test_a_student_starts_from_the_table(pipe):
 
 def test_students_that_train_together_learn_what_each_would_alone(pipe):
     kwargs, settings = call_kwargs(pipe), {"batch_size": 2, "seed": 3, "max_steps": 6}
-    runs = [Run(6, 3, "fisher", ""), Run(4, 3, "embedding", ""), Run(4, 2, "embedding", "")]
+    runs = [Run(6, 3, "fisher", ""), Run(6, 3, "embedding", ""), Run(6, 2, "embedding", "")]
     students = {run: tiny_student(pipe, dropout_rate=0.0) for run in runs}
-    both, read = {"fisher": 1.0, "embedding": 1.0}, read_prompts(pipe, PROMPTS, kwargs)
-    for run in trained(pipe, students, PROMPTS, DistillConfig(both, **settings), kwargs, read):
+    config = DistillConfig({"fisher": 1.0, "embedding": 1.0}, **settings)
+    common = {"pipeline_kwargs": kwargs, "teacher": read_prompts(pipe, PROMPTS, kwargs)}
+    objective = Objective(pipe, TrajectoryReservoir(pipe, PROMPTS, config, **common), config)
+    train_together(pipe, objective, students, PROMPTS, config, **common)
+    for run, student in students.items():
         alone = tiny_student(pipe, dropout_rate=0.0)
-        changes = {"objective": run.objective, "max_steps": run.updates, "seed": run.seed}
-        train(pipe, alone, PROMPTS, DistillConfig(**settings | changes), pipeline_kwargs=kwargs)
-        assert_same(dict(alone.named_parameters()), dict(students[run].named_parameters()))
+        config = DistillConfig(run.objective, **settings | {"seed": run.seed})
+        train(pipe, alone, PROMPTS, config, pipeline_kwargs=kwargs)
+        assert_same(dict(alone.named_parameters()), dict(student.named_parameters()))
 
 
 def test_the_commands(tmp_path, capsys, monkeypatch):
