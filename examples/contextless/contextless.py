@@ -10,15 +10,14 @@ arXiv 2606.03715.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig
-from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for it in this module
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from t5slim.distill.pipeline import check_pipeline_kwargs, frozen, teacher_of, tokenize
@@ -27,45 +26,10 @@ from t5slim.distill.teacher import TeacherEmbeddings
 from t5slim.slot import TextSlot
 
 _BATCH = 64
-_NO_TOKEN = -1
 # The kinds of tokens: inside a word, at its start, or a word of its own.
 _INNER, _FIRST, _ALONE = range(3)
 _WORD_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
-
-
-class ContextlessConfig(PretrainedConfig):
-    """Configuration of a `ContextlessEncoder`.
-
-    Args:
-        vocab_size: Of the tokenizer.
-        project_out_dim: Width D of the embeddings. By this name, which a `SlimT5Config` uses too,
-            t5slim recognises an encoder for a T5 slot.
-        num_words: Words of several tokens in the table.
-        num_word_tokens: All tokens of these words together.
-        max_word_tokens: Tokens of the longest of them.
-        num_positions: Positions with an embedding of their own; those behind have the last one's.
-        **kwargs: As in transformers' `PretrainedConfig`.
-    """
-
-    model_type = "contextless"
-
-    def __init__(
-        self,
-        vocab_size: int = 1,
-        project_out_dim: int = 1,
-        num_words: int = 0,
-        num_word_tokens: int = 0,
-        max_word_tokens: int = 0,
-        num_positions: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.vocab_size = vocab_size
-        self.project_out_dim = project_out_dim
-        self.num_words = num_words
-        self.num_word_tokens = num_word_tokens
-        self.max_word_tokens = max_word_tokens
-        self.num_positions = num_positions
+Word = tuple[int, ...]  # its tokens
 
 
 class ContextlessEncoder(PreTrainedModel):
@@ -74,53 +38,34 @@ class ContextlessEncoder(PreTrainedModel):
 
     There is no transformer in it and nothing to train: no token depends on any outside its word. A
     word of several tokens that isn't in the table is read token by token, and a token that isn't as
-    the mean of all.
+    the mean of all. Positions behind the last one of the table have that one's embedding.
 
-    `output.last_hidden_state`, also `output[0]`, is (B, T, project_out_dim).
+    Args:
+        width: Width D of the embeddings.
+        kinds: The kind of each token of the vocabulary, from `token_kinds`.
+        words: The words of several tokens in the table.
+        num_positions: The positions in it.
     """
 
-    config_class = ContextlessConfig
-    config: ContextlessConfig
-    main_input_name = "input_ids"
-    words: Tensor
-    kinds: Tensor
-
-    def __init__(self, config: ContextlessConfig) -> None:
-        super().__init__(config)
+    def __init__(
+        self, width: int, kinds: Sequence[int], words: Sequence[Word], num_positions: int
+    ) -> None:
+        # By these two names t5slim recognises an encoder for a T5 slot.
+        super().__init__(PretrainedConfig(vocab_size=len(kinds), project_out_dim=width))
+        self.kinds, self.first_entries, end = kinds, dict[Word, int](), len(kinds)
+        for word in words:
+            self.first_entries[word] = end
+            end += len(word)
         # First the tokens, by their ids; then those of the words, one word after the other.
-        entries = config.vocab_size + config.num_word_tokens
-        self.entries = nn.Embedding(entries, config.project_out_dim)
-        self.positions = nn.Embedding(config.num_positions, config.project_out_dim)
-        self.requires_grad_(False)
-        shape = (config.num_words, config.max_word_tokens)
-        self.register_buffer("words", torch.full(shape, _NO_TOKEN, dtype=torch.int32))
-        kinds = torch.full((config.vocab_size,), _ALONE, dtype=torch.uint8)
-        self.register_buffer("kinds", kinds)
-        self._lookup: tuple[list[int], dict[tuple[int, ...], int]] | None = None
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Do nothing: the tables come from `from_teacher`, or from a file."""
+        self.entries = nn.Embedding.from_pretrained(torch.zeros(end, width))
+        self.positions = nn.Embedding.from_pretrained(torch.zeros(num_positions, width))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        return_dict: bool | None = None,
-        **_: Any,
+        self, input_ids: Tensor, attention_mask: Any = None, return_dict: Any = None, **_: Any
     ) -> BaseModelOutput | tuple[Tensor]:
-        """Look tokens up.
-
-        Args:
-            input_ids: (B, T) int64 token ids.
-            attention_mask: Ignored: no token attends to another one.
-            return_dict: False for a tuple.
-
-        Returns:
-            A BaseModelOutput, or a tuple; the first is (B, T, project_out_dim) in `self.dtype`.
-        """
+        """Look tokens up, (B, T) ids; the output's first is (B, T, D). No mask means anything."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        positions = positions.clamp(max=self.config.num_positions - 1)
+        positions = positions.clamp(max=self.positions.num_embeddings - 1)
         embeddings = self.entries(self.entries_of(input_ids)) + self.positions(positions)
         if return_dict is False:
             return (embeddings,)
@@ -128,18 +73,10 @@ class ContextlessEncoder(PreTrainedModel):
 
     def entries_of(self, input_ids: Tensor) -> Tensor:
         """(B, T), the index of each token's entry: that in its word, or else the token's own."""
-        if self._lookup is None:
-            first_entries, end = {}, self.config.vocab_size
-            for padded in self.words.tolist():
-                word = tuple(token for token in padded if token != _NO_TOKEN)
-                first_entries[word] = end
-                end += len(word)
-            self._lookup = self.kinds.tolist(), first_entries
-        kinds, first_entries = self._lookup
         entries = input_ids.tolist()
         for of_prompt in entries:
-            for start, word in words_of(of_prompt, kinds):
-                if (first := first_entries.get(word)) is not None:
+            for start, word in words_of(of_prompt, self.kinds):
+                if (first := self.first_entries.get(word)) is not None:
                     of_prompt[start : start + len(word)] = range(first, first + len(word))
         return torch.tensor(entries, device=input_ids.device)
 
@@ -160,72 +97,61 @@ class ContextlessEncoder(PreTrainedModel):
                 contexts and at many positions.
             pipeline_kwargs: How to call the pipeline, as for `train`. `max_sequence_length` decides
                 how many positions there are.
-
-        Returns:
-            The encoder, on the device and in the dtype of the teacher's embeddings.
-
-        Raises:
-            NoT5SlotError: The pipeline has no T5.
-            DistillError: There are no prompts; or the pipeline doesn't take `pipeline_kwargs`.
         """
-        texts, kwargs = [*PromptSource(prompts).all(), ""], dict(pipeline_kwargs or {})
-        check_pipeline_kwargs(pipe, kwargs)
-        teacher, embeddings = teacher_of(pipe), TeacherEmbeddings()
-        with frozen(pipe, gradient_checkpointing=False):
-            for start in tqdm(range(0, len(texts), _BATCH), "encode", unit="batch"):
-                for tokens in tokenize(pipe, texts[start : start + _BATCH], kwargs):
-                    embeddings.add(*tokens)
-            ids, _ = embeddings.tokens(range(len(embeddings.indices)), torch.device("cpu"))
-            encoder: Any = cls._empty(ids.tolist(), TextSlot(pipe))
-            encoder.to(pipe._execution_device)
-            sums = torch.zeros_like(encoder.entries.weight)
-            of_positions = torch.zeros_like(encoder.positions.weight)
-            counts = sums.new_zeros(len(sums), len(of_positions))
-            for start in range(0, len(embeddings.indices), _BATCH):
-                indices = range(start, min(start + _BATCH, len(embeddings.indices)))
-                entries = encoder.entries_of(embeddings.tokens(indices, sums.device)[0])
-                encoded = embeddings.get(teacher, indices, sums.device).to(sums)
-                sums.index_add_(0, entries.flatten(), encoded.flatten(0, 1))
-                of_positions[: entries.shape[1]] += encoded.sum(0)
-                positions = torch.arange(entries.shape[1], device=sums.device).expand_as(entries)
-                counts.index_put_((entries, positions), counts.new_ones(()), accumulate=True)
-            pipe.maybe_free_model_hooks()
+        read, slot = read_prompts(pipe, prompts, pipeline_kwargs), TextSlot(pipe)
+        ids, _ = read.tokens(range(len(read.indices)), torch.device("cpu"))
+        kinds = token_kinds(slot.tokenizer)
+        found = {word for of_prompt in ids.tolist() for _, word in words_of(of_prompt, kinds)}
+        words = sorted(word for word in found if len(word) > 1)
+        encoder: Any = cls(slot.width or 0, kinds, words, ids.shape[1]).to(pipe._execution_device)
+        sums = torch.zeros_like(encoder.entries.weight)
+        of_positions = torch.zeros_like(encoder.positions.weight)
+        counts = sums.new_zeros(len(sums), len(of_positions))
+        for ids, encoded in encoded_batches(pipe, read):
+            entries = encoder.entries_of(ids)
+            sums.index_add_(0, entries.flatten(), encoded.to(sums).flatten(0, 1))
+            of_positions[: ids.shape[1]] += encoded.to(sums).sum(0)
+            positions = torch.arange(ids.shape[1], device=sums.device).expand_as(ids)
+            counts.index_put_((entries, positions), counts.new_ones(()), accumulate=True)
         encoder.positions.weight.copy_(_position_table(sums, of_positions, counts))
         sums -= counts @ encoder.positions.weight
         seen = counts.sum(1, keepdim=True)
         mean = sums.sum(0) / seen.sum()
         # A token that never stood alone means what it does in the words that it was seen in.
-        in_words = encoder.words[encoder.words != _NO_TOKEN]
+        in_words = torch.tensor([*sum(words, ())], dtype=torch.int64, device=sums.device)
         alone = seen > 0
         for totals in (sums, seen):
-            of_words = totals[encoder.config.vocab_size :]
-            by_token = torch.zeros_like(totals).index_add(0, in_words, of_words)
+            by_token = torch.zeros_like(totals).index_add(0, in_words, totals[len(kinds) :])
             totals.copy_(torch.where(alone, totals, by_token))
         encoder.entries.weight.copy_(torch.where(seen > 0, sums / seen.clamp(min=1), mean))
-        return encoder.to(teacher.dtype).eval()
-
-    @classmethod
-    def _empty(cls, prompts: list[list[int]], slot: TextSlot) -> ContextlessEncoder:
-        """One with the words of these prompts, before their embeddings are known."""
-        kinds = token_kinds(slot.tokenizer)
-        found = {word for ids in prompts for _, word in words_of(ids, kinds)}
-        words = sorted(word for word in found if len(word) > 1)
-        config = ContextlessConfig(
-            vocab_size=len(kinds),
-            project_out_dim=slot.width or 0,
-            num_words=len(words),
-            num_word_tokens=sum(map(len, words)),
-            max_word_tokens=max(map(len, words), default=0),
-            num_positions=len(prompts[0]),
-        )
-        encoder = cls(config)
-        encoder.kinds.copy_(torch.tensor(kinds))
-        for padded, word in zip(encoder.words, words, strict=True):
-            padded[: len(word)] = torch.tensor(word)
-        return encoder
+        return encoder.to(teacher_of(pipe).dtype).eval()
 
 
-def words_of(ids: Sequence[int], kinds: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+def read_prompts(
+    pipe: Any, prompts: Any, pipeline_kwargs: Mapping[str, Any] | None
+) -> TeacherEmbeddings:
+    """Prompts and the empty one as the pipeline tokenizes them, each once, not yet encoded."""
+    kwargs, read = check_pipeline_kwargs(pipe, pipeline_kwargs), TeacherEmbeddings()
+    texts = [*PromptSource(prompts).all(), ""]
+    with frozen(pipe, gradient_checkpointing=False):
+        for start in range(0, len(texts), _BATCH):
+            for tokens in tokenize(pipe, texts[start : start + _BATCH], kwargs):
+                read.add(*tokens)
+    return read
+
+
+def encoded_batches(pipe: Any, read: TeacherEmbeddings) -> Iterator[tuple[Tensor, Tensor]]:
+    """The ids (B, T) of the prompts, and the teacher's embeddings of them, (B, T, D)."""
+    with frozen(pipe, gradient_checkpointing=False):
+        for start in tqdm(range(0, len(read.indices), _BATCH), "encode", unit="batch"):
+            indices = range(start, min(start + _BATCH, len(read.indices)))
+            device = torch.device(pipe._execution_device)
+            ids, _ = read.tokens(indices, device)
+            yield ids, read.get(teacher_of(pipe), indices, device)
+        pipe.maybe_free_model_hooks()
+
+
+def words_of(ids: Sequence[int], kinds: Sequence[int]) -> list[tuple[int, Word]]:
     """The words of a prompt, each with the position of its first token."""
     inner = range(1, len(ids))
     ends = [i for i in inner if kinds[ids[i]] != _INNER or kinds[ids[i - 1]] == _ALONE]

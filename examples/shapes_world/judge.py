@@ -10,6 +10,7 @@ error in the whole image is the result. No network, no threshold, and no look at
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -76,6 +77,30 @@ def accuracy(scenes: Sequence[Scene], images: Sequence[np.ndarray]) -> dict[str,
         # Letters too many count as wrong, like letters too few.
         result["letters"] = right / sum(max(len(want.word), len(got.word)) for want, got in words)
     return result
+
+
+def accuracy_with_intervals(
+    scenes: Sequence[Scene], images: Sequence[np.ndarray]
+) -> dict[str, str]:
+    """`accuracy` as text, each share with its 95% interval: "97% (85 to 99)"."""
+    counts = Counter(scene.criterion for scene in scenes)
+    # The letters of a word are right or wrong together: they count as one each.
+    counts["letters"] = counts["text"]
+    return {
+        key: "{:.0%} ({:.0f} to {:.0f})".format(
+            share, *(100 * bound for bound in wilson_interval(share, counts[key]))
+        )
+        for key, share in accuracy(scenes, images).items()
+    }
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of `count` trials (Wilson, 1927), which also holds near 0 and
+    1."""
+    z = 1.96
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5 / (1 + z**2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _explain(rest: np.ndarray, background: int, layout: str) -> tuple[float, Scene]:

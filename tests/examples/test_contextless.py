@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from contextless.contextless import ContextlessEncoder, token_kinds, words_of
+from contextless import control, start
+from contextless.contextless import ContextlessEncoder, read_prompts, token_kinds, words_of
+from contextless.start import Run, mean_embeddings, silence_layers, start_from_means, train_together
+from helpers.training import assert_same
 from sizes import MAX_TOKENS, T5_VOCAB
-from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux
+from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_student
 
 from t5slim import patch_pipeline, unpatch_pipeline
+from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, train
 from t5slim.slot import TextSlot
 
 
@@ -90,21 +91,46 @@ def test_it_goes_into_the_slot_and_out_again(name):
     assert TextSlot(unpatch_pipeline(pipe)).encoder is teacher
 
 
-def test_it_is_saved_and_loaded(encoder, tmp_path):
-    """In another process, as README.md says; and it is known there as a replacement."""
-    pipe = patch_pipeline(tiny_flux(), encoder)
-    pipe.save_pretrained(tmp_path)
-    torch.save(encoder.state_dict(), tmp_path / "expected.pt")
-    code = f"""
-import sys; sys.path[:] = {sys.path}
-import diffusers, t5slim, torch
-from contextless.contextless import ContextlessEncoder
-pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})
-alone = ContextlessEncoder.from_pretrained({str(tmp_path / "text_encoder_2")!r})
-for name, tensor in torch.load({str(tmp_path / "expected.pt")!r}).items():
-    assert torch.equal(pipe.text_encoder_2.state_dict()[name], tensor), name
-    assert torch.equal(alone.state_dict()[name], tensor), name
-t5slim.unpatch_pipeline(pipe)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "of this FluxPipeline wasn't kept" in done.stderr
+def test_a_student_starts_from_the_table(pipe):
+    """It says the mean of each token as nearly as its width allows, whatever stands beside it."""
+    means = mean_embeddings(pipe, read_prompts(pipe, PROMPTS, call_kwargs(pipe)))
+    ids = ids_of(pipe, [*PROMPTS, ""])
+    teacher = pipe.text_encoder_2(ids)[0]
+    assert torch.allclose(means[ids[1, 0]], teacher[ids == ids[1, 0]].mean(0), atol=1e-5)
+    known = means.isfinite().all(1)
+    U, S, Vh = torch.linalg.svd(means[known], full_matrices=False)
+    for width in (8, 16):
+        start_from_means(student := tiny_student(pipe, d_model=width), means)
+        silence_layers(student)
+        said = student(torch.arange(T5_VOCAB)[None])[0][0]
+        assert torch.allclose(said[known], (U * S)[:, : width - 1] @ Vh[: width - 1], atol=1e-4)
+        assert torch.allclose(student(ids)[0], said[ids], atol=1e-5)
+    with pytest.raises(ValueError, match="twice the student's width, 64: take a narrower"):
+        start_from_means(tiny_student(pipe, d_model=32), means)
+
+
+def test_students_that_train_together_learn_what_each_would_alone(pipe):
+    kwargs, settings = call_kwargs(pipe), {"batch_size": 2, "seed": 3, "max_steps": 6}
+    runs = [Run(6, 3, "fisher", ""), Run(6, 3, "embedding", ""), Run(6, 2, "embedding", "")]
+    students = {run: tiny_student(pipe, dropout_rate=0.0) for run in runs}
+    config = DistillConfig({"fisher": 1.0, "embedding": 1.0}, **settings)
+    common = {"pipeline_kwargs": kwargs, "teacher": read_prompts(pipe, PROMPTS, kwargs)}
+    objective = Objective(pipe, TrajectoryReservoir(pipe, PROMPTS, config, **common), config)
+    train_together(pipe, objective, students, PROMPTS, config, **common)
+    for run, student in students.items():
+        alone = tiny_student(pipe, dropout_rate=0.0)
+        config = DistillConfig(run.objective, **settings | {"seed": run.seed})
+        train(pipe, alone, PROMPTS, config, pipeline_kwargs=kwargs)
+        assert_same(dict(alone.named_parameters()), dict(student.named_parameters()))
+
+
+def test_the_commands(tmp_path, capsys, monkeypatch):
+    few = ["--captions", "2", "--count", "1"]
+    monkeypatch.chdir(tmp_path)  # where the image grid is saved
+    monkeypatch.setattr("sys.argv", ["control.py", *few, "--steps", "1"])
+    control.main()
+    assert "teacher: quality 100% (21 to 100)" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["start.py", *few, "--updates", "1", "--seeds", "0"])
+    start.main()
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert (len(lines), len({line.split("  ")[-1] for line in lines})) == (9, 3)  # its rate is 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lens.lens import hidden_states, lens, lens_grid
+from lens.lens import hidden_states, lens, lens_grid, main
 from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, component, tiny_flux, tiny_ltx, tiny_student
 from transformers import T5EncoderModel, UMT5EncoderModel
 
@@ -18,22 +18,18 @@ def test_the_last_layer_gives_the_images_of_the_whole_encoder(name: str) -> None
     pipe = TINY_PIPELINES[name]()
     student = tiny_student(pipe, num_layers=3)
     kwargs = call_kwargs(pipe)
-    seen = lens(pipe, PROMPTS[1], {"mine": student}, seed=5, pipeline_kwargs=kwargs)
-    assert {name: list(images) for name, images in seen.items()} == {
-        "teacher": [0, 1, 2],
-        "mine": [0, 1, 2, 3],
-    }
-    assert lens_grid(PROMPTS[1], seen).width > 4 * seen["mine"][0].width
-    some = lens(pipe, PROMPTS[1], {"mine": student}, layers=(0, 3, -1), pipeline_kwargs=kwargs)
+    seen = lens(pipe, PROMPTS[:2], {"mine": student}, seed=4, pipeline_kwargs=kwargs)
+    assert [list(images) for images in seen.values()] == [[0, 1, 2], [0, 1, 2, 3]]
+    assert lens_grid(PROMPTS, seen, [1, 0]).width > 4 * seen["mine"][0][1].width
+    some = lens(pipe, PROMPTS[1:2], {"mine": student}, layers=(0, 3, -1), pipeline_kwargs=kwargs)
     assert [list(images) for images in some.values()] == [[0, 2], [0, 3]]
     for encoder in seen:
         if encoder == "mine":
             patch_pipeline(pipe, student)
-        generator = torch.Generator().manual_seed(5)
-        image = pipe(PROMPTS[1], generator=generator, **kwargs | {"output_type": "pil"}).images[0]
-        *_, last = seen[encoder].values()
-        assert np.array_equal(last, image)
-        assert not np.array_equal(seen[encoder][0], image)
+        generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+        images = pipe(PROMPTS[:2], generator=generators, **kwargs | {"output_type": "pil"}).images
+        assert np.array_equal([*seen[encoder].values()][-1], images)
+        assert not np.array_equal(seen[encoder][0][1], images[1])
 
 
 @pytest.mark.parametrize(
@@ -62,11 +58,19 @@ def test_hidden_states_are_those_of_an_encoder_with_fewer_layers(encoder_type, c
 def test_what_has_no_layers_or_no_images_is_refused() -> None:
     pipe = tiny_flux()
     with pytest.raises(ValueError, match=r"layers is \[9\]; a T5EncoderModel has 0 to 2"):
-        lens(pipe, PROMPTS[0], layers=[9])
+        lens(pipe, PROMPTS, layers=[9])
     with pytest.raises(ValueError, match="A Linear has no layers of a T5"):
-        lens(pipe, PROMPTS[0], {"x": torch.nn.Linear(2, 2)})
+        lens(pipe, PROMPTS, {"x": torch.nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="generates no images"):
-        lens(tiny_ltx(), PROMPTS[0], layers=[0], pipeline_kwargs=call_kwargs(tiny_ltx()))
-    for prompts in (PROMPTS[:2], PROMPTS[:1], tuple(PROMPTS[:2])):
-        with pytest.raises(DistillError, match="expected one text: call lens for each"):
-            lens(pipe, prompts, layers=[0], pipeline_kwargs=call_kwargs(pipe))
+        lens(tiny_ltx(), PROMPTS[:1], layers=[0], pipeline_kwargs=call_kwargs(tiny_ltx()))
+    with pytest.raises(DistillError, match="expected a list of texts"):
+        lens(pipe, PROMPTS[0], layers=[0], pipeline_kwargs=call_kwargs(pipe))
+
+
+def test_the_command(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the image grid is saved
+    monkeypatch.setattr("sys.argv", ["lens.py", "--count", "1", "--steps", "1"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["teacher"] * 7 + ["student"] * 3
+    assert "quality 100% (21 to 100)" in lines[6]

@@ -1,0 +1,1 @@
+"""An encoder without context: a table, as a control and as the start of a student."""
