@@ -27,15 +27,16 @@ from t5slim import SlimT5Encoder
 from t5slim.distill import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from adaptive_text.adaptive_text import AdaptiveText
-from adaptive_text.scores import SCORES, Make, scores_of
+from adaptive_text.adaptive_text import AdaptiveText, Score
+from adaptive_text.scores import SCORES, scores_of
 from scaling_down.study import SIZES, SMALLEST
 from shapes_world import judge, world
 from shapes_world.generation import CALL, STUDENT, captions, load_pipeline
 from shapes_world.students import denoiser_passes, fresh_student, settings
 
-STEPS = 10  # of sampling
+STEPS = 4  # of sampling
 BATCH = 33
+PLAIN: Any = {"steps": (), "step_size": 0.0, "radius": 0.0}
 FISHER_PASSES = 2 * 512  # of a run by default, beside those that it counts
 Record = dict[str, Any]
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="first train it, on embeddings alone")
     parser.add_argument("--encoders", nargs="+", default=["1/50", "1/21", "teacher"])
     parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES)
-    parser.add_argument("--refined", type=int, nargs="+", default=[1, 2, 5, 10], help="of 10 steps")
+    parser.add_argument("--refined", type=int, nargs="+", default=[1, 2, 4], help="of 4 steps")
     parser.add_argument("--radii", type=float, nargs="+", default=[0.03, 0.1, 0.3])
     parser.add_argument("--step", type=float, default=1.0, help="of an update, over the radius")
     parser.add_argument("--updates", type=int, default=1, help="at each of the refined steps")
@@ -66,11 +67,15 @@ def main() -> None:
     scores = scores_of(pipe, scenes, texts)
     folders = {"1/50": args.student, "1/21": STUDENT}
 
-    def add(encoder: nn.Module | None, score: str, facts: Record, refined: int, **how: Any) -> None:
-        key = facts | {"score": score, "refined": refined} | how
-        if all(record | key != record for record in records):
-            found = measure(pipe, scenes, texts, encoder, scores[score], refined, **how)
-            records.append(key | found)
+    kwargs = CALL | {"num_inference_steps": STEPS}
+
+    def known(**key: Any) -> bool:
+        return any(record | key == record for record in records)
+
+    def add(sampler: AdaptiveText, score: str, **key: Any) -> None:
+        if not known(score=score, **key):
+            found = measure(sampler, scores[score](sampler), scenes, texts)
+            records.append({"score": score} | key | found)
             with file.open("a") as results:
                 results.write(json.dumps(records[-1]) + "\n")
 
@@ -78,20 +83,21 @@ def main() -> None:
         return SlimT5Encoder.from_pretrained(folders[name], dtype=torch.float32).to(pipe.device)
 
     for name in args.encoders:
-        encoder, facts = load(name) if name in folders else None, {"encoder": name}
-        add(encoder, "random", facts, 0, radius=0.0, step_size=0.0, updates=1)
+        encoder = load(name) if name in folders else None
+        sampler = AdaptiveText(pipe, encoder=encoder, pipeline_kwargs=kwargs, **PLAIN)
+        add(sampler, "random", encoder=name, refined=0)
         for score, radius, refined in itertools.product(args.scores, args.radii, args.refined):
             how = {"radius": radius, "step_size": args.step * radius, "updates": args.updates}
-            add(encoder, score, facts, refined, **how)
+            vars(sampler).update(how, steps=range(0, STEPS, STEPS // refined))
+            add(sampler, score, encoder=name, refined=refined, **how)
     for updates in args.train_on:
-        begin = time.process_time()
-        kwargs = CALL | {"num_inference_steps": 6}
-        prompts, config = captions(4000, held_out=False)[1], settings(max_steps=updates)
-        result = train(pipe, load("1/50"), prompts, config, pipeline_kwargs=kwargs)
-        facts = {"encoder": f"1/50, {updates} updates more"}
-        facts |= {"training_passes": denoiser_passes(vars(result)) + FISHER_PASSES}
-        facts |= {"training_seconds": time.process_time() - begin}
-        add(result.student, "random", facts, 0, radius=0.0, step_size=0.0, updates=1)
+        if not known(encoder=(name := f"1/50, {updates} updates more")):
+            prompts, config = captions(2000, held_out=False)[1], settings(max_steps=updates)
+            of_training = CALL | {"num_inference_steps": 6}
+            result = train(pipe, load("1/50"), prompts, config, pipeline_kwargs=of_training)
+            passes = denoiser_passes(vars(result)) + FISHER_PASSES
+            sampler = AdaptiveText(pipe, encoder=result.student, pipeline_kwargs=kwargs, **PLAIN)
+            add(sampler, "random", encoder=name, refined=0, training_passes=passes)
     print(table(records))
     plot(records, args.count).savefig(args.out / "adaptive_text.png", dpi=80)
 
@@ -107,29 +113,20 @@ def train_smallest(pipe: Any, folder: Path) -> None:
 
 
 def measure(
-    pipe: Any,
-    scenes: Sequence[world.Scene],
-    texts: Sequence[str],
-    encoder: nn.Module | None,
-    score: Make,
-    refined: int,
-    **how: Any,
+    sampler: AdaptiveText, score: Score, scenes: Sequence[world.Scene], texts: Sequence[str]
 ) -> Record:
     """Costs of an image, and for each caption whether its image is right; of words, the letters."""
     torch.manual_seed(0)
-    steps = range(0, STEPS, STEPS // refined)[:refined] if refined else ()
-    kwargs = CALL | {"num_inference_steps": STEPS}
-    sampler = AdaptiveText(pipe, steps=steps, encoder=encoder, pipeline_kwargs=kwargs, **how)
-    begin, images = time.process_time(), []
+    begin, images, sampler.extra_passes = time.process_time(), [], 0
     for first in range(0, len(texts), BATCH):
         seeds = range(first, len(texts))[:BATCH]
-        images += sampler.generate(texts[first : first + BATCH], score(sampler), seeds)
-    seconds = (time.process_time() - begin) / len(texts)
+        images += sampler.generate(texts[first : first + BATCH], score, seeds)
+    found: Record = {"seconds": (time.process_time() - begin) / len(texts)}
+    found["extra_passes"] = sampler.extra_passes / len(texts)
     shares = [
         judge.accuracy([scene], [np.asarray(image)])
         for scene, image in zip(scenes, images, strict=True)
     ]
-    found = {"extra_passes": sampler.extra_passes / len(texts), "seconds": seconds}
     for name in (*world.CRITERIA, "letters"):
         found[name] = [share[name] for share in shares if name in share]
     return found
@@ -143,7 +140,7 @@ def table(records: Sequence[Record]) -> str:
     for one in records:
         plain = next(r for r in records if r["encoder"] == one["encoder"] and not r["refined"])
         cells = [one["encoder"], one["score"] if one["refined"] else "", str(one["refined"])]
-        cells += [f"{one[key]:.3g}" for key in ("step_size", "radius", "extra_passes")]
+        cells += [f"{one.get(key, 0):.3g}" for key in ("step_size", "radius", "extra_passes")]
         for name in names:
             low, high = interval(one[name])
             cells.append(f"{np.mean(one[name]):.0%} ({low:.0%} to {high:.0%})")
@@ -168,7 +165,7 @@ def plot(records: Sequence[Record]) -> Figure:
     (plain, *_) = (one for one in mine if not one["refined"])
     for axis, score in zip(axes, SCORES, strict=True):
         for radius in sorted({one["radius"] for one in mine if one["refined"]}):
-            line = [plain, *(r for r in mine if (r["score"], r["radius"]) == (score, radius))]
+            line = [plain, *(r for r in mine if (r["score"], r.get("radius")) == (score, radius))]
             axis.plot(
                 [one["extra_passes"] for one in line], [np.mean(one["letters"]) for one in line],
                 "o-", label=f"radius {radius:g}",
