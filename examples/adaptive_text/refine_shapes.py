@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 from t5slim import SlimT5Encoder
 from t5slim.distill import train
