@@ -65,7 +65,6 @@ def main() -> None:
     scenes, texts = captions(args.count, held_out=True, seed=args.seed)
     scores = scores_of(pipe, scenes, texts)
     folders = {"1/50": args.student, "1/21": STUDENT}
-
     kwargs = CALL | {"num_inference_steps": STEPS}
 
     def known(**key: Any) -> bool:
@@ -98,7 +97,7 @@ def main() -> None:
             sampler = AdaptiveText(pipe, encoder=result.student, pipeline_kwargs=kwargs, **PLAIN)
             add(sampler, "random", encoder=name, refined=0, training_passes=passes)
     print(table(records))
-    plot(records, args.count).savefig(args.out / "adaptive_text.png", dpi=80)
+    plot(records).savefig(args.out / "adaptive_text.png", dpi=80)
 
 
 def train_smallest(pipe: Any, folder: Path) -> None:
@@ -158,21 +157,22 @@ def interval(shares: Sequence[float]) -> tuple[float, float]:
 
 def plot(records: Sequence[Record]) -> Figure:
     """Letters against extra passes, for the student of 1/50: a panel for each score."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(SCORES), sharey=True)
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    axes = figure.subplots(1, len(SCORES), sharex=True, sharey=True)
     mine = [one for one in records if one["encoder"].startswith("1/50")]
-    (plain, *_) = (one for one in mine if not one["refined"])
+    plain = next(one for one in mine if not one["refined"])
     for axis, score in zip(axes, SCORES, strict=True):
-        for radius in sorted({one["radius"] for one in mine if one["refined"]}):
-            line = [plain, *(r for r in mine if (r["score"], r.get("radius")) == (score, radius))]
-            axis.plot(
-                [one["extra_passes"] for one in line], [np.mean(one["letters"]) for one in line],
-                "o-", label=f"radius {radius:g}",
-            )  # fmt: skip
         axis.axhspan(*interval(plain["letters"]), color="0.9")
         for one in mine:
             if "training_passes" in one:
                 axis.axhline(np.mean(one["letters"]), color="black", linestyle=":")
+        for radius in sorted({one["radius"] for one in mine if one["refined"]}):
+            found = [r for r in mine if (r["score"], r.get("radius")) == (score, radius)]
+            line = sorted([plain, *found], key=lambda one: one["extra_passes"])
+            means = np.array([np.mean(one["letters"]) for one in line])
+            errors = abs(np.transpose([interval(one["letters"]) for one in line]) - means)
+            passes = [one["extra_passes"] for one in line]
+            axis.errorbar(passes, means, errors, marker="o", capsize=3, label=f"radius {radius:g}")
         axis.set(title=score, xlabel="extra passes per image", ylim=(0, 1.02))
     axes[0].set_ylabel("right letters, 1/50")
     axes[0].legend()

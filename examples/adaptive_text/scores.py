@@ -62,7 +62,7 @@ def clip_score(pipe: Any) -> Score:
     of training scenes and as the first was (`shapes_world/train.py`), but three times as long.
     """
     torch.manual_seed(0)
-    scenes, captions_ = captions(2000, held_out=False)
+    scenes, captions_ = captions(1000, held_out=False)
     latents, texts = latents_of(pipe, scenes).flatten(1), text_vectors(pipe, captions_)
     tower = nn.Sequential(
         nn.Linear(latents.shape[1], 256), nn.GELU(), nn.Linear(256, texts.shape[1])
