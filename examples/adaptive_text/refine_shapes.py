@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--encoders", nargs="+", default=["1/50", "1/21", "teacher"])
     parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES)
     parser.add_argument("--refined", type=int, nargs="+", default=[1, 2, 4], help="of 4 steps")
-    parser.add_argument("--radii", type=float, nargs="+", default=[0.03, 0.1, 0.3])
+    parser.add_argument("--radii", type=float, nargs="+", default=[0.01, 0.03])
     parser.add_argument("--step", type=float, default=1.0, help="of an update, over the radius")
     parser.add_argument("--updates", type=int, default=1, help="at each of the refined steps")
     parser.add_argument("--train-on", type=int, nargs="*", default=[], help="updates, to compare")

@@ -28,8 +28,7 @@ def test_the_score_rises_and_the_embeddings_stay_in_the_ball(name):
     sampler.steps = ()
     plain = sampler.generate(PROMPTS[:2], score)
     assert len(scores) == 3 and not np.array_equal(refined[0], plain[0])
-    patch_pipeline(pipe, sampler.encoder)
-    call = call_kwargs(pipe) | {"generator": torch.Generator().manual_seed(0)}
-    assert np.array_equal(plain, pipe(PROMPTS[:2], **call | {"output_type": "pil"}).images)
+    call = call_kwargs(pipe) | {"generator": torch.Generator().manual_seed(0), "output_type": "pil"}
+    assert np.array_equal(plain, patch_pipeline(pipe, sampler.encoder)(PROMPTS[:2], **call).images)
     with pytest.raises(DistillError, match="DDIMScheduler; expected one of flow matching"):
         AdaptiveText(TINY_PIPELINES["pixart_sigma"](), steps=(), step_size=1, radius=1)
