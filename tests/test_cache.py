@@ -1,7 +1,5 @@
 """The teacher's embeddings in memory and in a folder, and all that works without T5 in memory."""
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The same run in one process and in several, on gloo, and in batches of other sizes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

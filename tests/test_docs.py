@@ -1,7 +1,5 @@
 """The claims of the documentation: code and output, messages, links, names, requirements."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import shlex

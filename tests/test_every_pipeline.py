@@ -3,8 +3,6 @@
 What is measured here is the table of docs/pipelines.md; `python tests/zoo/table.py` writes it.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from diffusers import WanPipeline

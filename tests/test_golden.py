@@ -6,8 +6,6 @@ versions of diffusers and transformers nor on how a fresh student is initialised
 results are equal bit for bit; against the literals, which another machine wrote, to 1e-5.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The velocity gap, and the report of where it comes from."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs that are killed, interrupted or damaged, and go on to the same bits."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

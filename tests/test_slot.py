@@ -1,7 +1,5 @@
 """Finding the T5 slot: in every pipeline class of diffusers; in pipelines, see `zoo/table.py`."""
 
-from __future__ import annotations
-
 import pytest
 from diffusers import FluxPipeline
 from helpers.pipelines import every_pipeline_class

@@ -1,7 +1,5 @@
 """Distillation as users start it, on real pipelines of tiny size."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Trajectories of real pipelines, captured and replayed."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from pathlib import Path

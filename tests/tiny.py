@@ -5,8 +5,6 @@ parameters; `call_kwargs(pipe)` gives what a fast call of it needs. Nothing here
 that a user would have: only the sizes are small (`sizes.py`).
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The page of examples/app/, with `pip install gradio` and, for the browser, `playwright`."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The encoder without context: averaged from the teacher, and used as a student is."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -124,6 +122,7 @@ def test_students_that_train_together_learn_what_each_would_alone(pipe):
         assert_same(dict(alone.named_parameters()), dict(student.named_parameters()))
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path, capsys, monkeypatch):
     few = ["--captions", "2", "--count", "1"]
     monkeypatch.chdir(tmp_path)  # where the image grid is saved

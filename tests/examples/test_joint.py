@@ -1,7 +1,5 @@
 """One student for two pipelines: updates take turns, and both learn."""
 
-from __future__ import annotations
-
 import pytest
 from helpers.training import quick
 from joint.joint import train_joint

@@ -1,7 +1,5 @@
 """Diffusion Lens, the example."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

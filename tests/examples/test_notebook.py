@@ -1,7 +1,5 @@
 """The notebook in examples/distill/: it runs, and is committed with its outputs."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

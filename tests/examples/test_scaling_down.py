@@ -1,7 +1,5 @@
 """The scaling-down study: a tiny one, and its page has the committed results."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """A series of students: each becomes what it becomes in a run of its own."""
 
-from __future__ import annotations
-
 import pytest
 from helpers.training import assert_same, quick
 from series.series import train_series

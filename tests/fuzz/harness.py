@@ -1,7 +1,5 @@
 """What the fuzzers share: how a call may end, and edits of files."""
 
-from __future__ import annotations
-
 import json
 import re
 import resource

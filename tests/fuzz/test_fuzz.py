@@ -1,7 +1,5 @@
 """Damaged and malicious files of every kind: a call ends by a result, or an error of t5slim."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

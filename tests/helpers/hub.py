@@ -4,8 +4,6 @@ Repositories, commits, branches, private and gated repositories, downloads and c
 Where a test asks for it, some answers are faults: of the server, of the way, or lies.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Short runs of `train`, in this process and in others."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

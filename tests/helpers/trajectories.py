@@ -1,7 +1,5 @@
 """Trajectories, captured and replayed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every pipeline class of diffusers that has a T5, tiny and real: how it is made and called."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The pipeline classes, family by family."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

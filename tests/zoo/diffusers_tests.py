@@ -9,8 +9,6 @@ Where the Hub can't be reached, or with HF_HUB_OFFLINE=1, tiny tokenizers stand 
 hf-internal-testing.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import os

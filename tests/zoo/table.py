@@ -3,8 +3,6 @@
 `python tests/zoo/table.py` writes it into the table of docs/pipelines.md.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import re
