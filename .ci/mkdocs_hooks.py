@@ -15,7 +15,7 @@ PAGES = {source: f"docs/{page}" for page, source in SOURCES.items()}
 FOUND = re.search(r'^Source = "(.*?)/?"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
 BLOB = f"{FOUND[1]}/blob/main/" if FOUND else ""
 # Code comes first: in it, `calls[0](x)` is no link.
-LINK = re.compile(r"```.*?```|`[^`\n]*`|!?\[([^]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)", re.S)
+LINK = re.compile(r"```.*?```|`[^`\n]*`|(!?)\[([^]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)", re.S)
 
 
 def on_files(files, config):
@@ -25,12 +25,14 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, **_):
     def rewrite(match):
-        text, target, anchor = match.groups("")
+        bang, text, target, anchor = match.groups("")
         path = normpath(join("" if page.file.src_uri in SOURCES else "docs", target))
         path = PAGES.get(path, path)
-        if not target or path.startswith("docs/"):
-            return match[0].replace(f"({target}", f"({path.removeprefix('docs/')}", bool(target))
-        return f"[{text}]({BLOB}{path}{anchor})" if BLOB else text
+        if not target:  # code
+            return match[0]
+        if path.startswith("docs/"):
+            return f"{bang}[{text}]({path.removeprefix('docs/')}{anchor})"
+        return f"{bang}[{text}]({BLOB}{path}{anchor})" if BLOB else text
 
     return LINK.sub(rewrite, markdown)
 

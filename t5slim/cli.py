@@ -9,11 +9,14 @@ from . import __version__, students
 
 def main() -> None:
     """Run a command of t5slim; `python -m t5slim.distill` and `.evaluate` do the same."""
-    commands = {"distill": "distill", "compare": "evaluate", "students": ""}
-    parser = argparse.ArgumentParser("t5slim", "t5slim {distill,compare,students} ... [--help]")
+    packages = {"distill": "distill", "compare": "evaluate", "students": ""}
+    parser = argparse.ArgumentParser(prog="t5slim", usage="t5slim {distill,compare,students} ...")
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=commands)
-    if module := commands[parser.parse_args(sys.argv[1:2]).command]:
-        import_module(f"{__package__}.{module}.__main__").main(sys.argv[2:])  # loads diffusers
-    else:
-        print(students())
+    parser.add_argument("command", choices=packages)
+    if not (package := packages[parser.parse_args(sys.argv[1:2]).command]):
+        return print(students())
+    try:
+        module = import_module(f"{__package__}.{package}.__main__")  # loads diffusers
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is missing: pip install 't5slim[train,evaluate]'")
+    module.main(sys.argv[2:])

@@ -233,6 +233,6 @@ def model_card(
     """
     known = {"base_model": getattr(student.config, "base_model", None), "library_name": "t5slim"}
     known |= {"pipeline_tag": "text-to-image", "tags": ["t5slim", "t5", "diffusers"]}
-    data = ModelCardData(model_name=repo_id.split("/")[-1], **known | dict(metadata or {}))
+    data = ModelCardData(**known | {"model_name": repo_id.split("/")[-1], **(metadata or {})})
     template = str(Path(__file__).with_name("model_card.md"))
     return ModelCard.from_template(data, template, student=student, repo_id=repo_id, notes=notes)

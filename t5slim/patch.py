@@ -16,8 +16,6 @@ from .errors import CheckpointError, IncompatibleStudentError, NoT5SlotError, Pa
 from .slot import TextSlot, check_device_map, compute_dtype, embedding_width, find_hooks, is_student
 from .table import Table
 
-logger = logging.getLogger(__name__)
-
 Student = nn.Module | str | os.PathLike[str]
 
 # By Wang et al.: from T5-base, the default for FLUX.1, and from T5-small; with their parameters.
@@ -229,11 +227,13 @@ def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
         del original
         # Hooks of offload make cycles; to look for them takes a quarter of a second.
         clear_device_cache(garbage_collection=bool(alive))
-    # Kontext, Fill and others have denoisers of their own; so has schnell, which takes no guidance.
     cls, config = slot.cls.__name__, getattr(getattr(pipe, "transformer", None), "config", {})
-    dev = cls == "FluxPipeline" and config.get("guidance_embeds", True)
-    if (name := getattr(student.config, "name_or_path", None)) in _PUBLISHED and not dev:
-        logger.warning("%s was distilled through FLUX.1-dev: compare it in this %s.", name, cls)
+    # schnell takes no guidance, Fill and Control other latents; Kontext's config is FLUX.1-dev's.
+    same = config.get("out_channels") in (None, config.get("in_channels")) and "Kontext" not in cls
+    other = not (same and config.get("guidance_embeds"))
+    if (name := getattr(student.config, "name_or_path", None)) in _PUBLISHED and config and other:
+        note = f"{name} was distilled through FLUX.1-dev: check it in this {cls}."
+        logging.getLogger(__name__).warning(note)
     return pipe
 
 

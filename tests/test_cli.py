@@ -31,7 +31,7 @@ STUDENT = {
     "num_heads": 2, "project_out_dim": 32,
 }  # fmt: skip
 
-GIVEN = "pipeline: none\nprompts: none\noutput_dir: none\n"
+GIVEN = "pipeline: {name_or_path: none}\nprompts: none\noutput_dir: none\n"
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 
 
@@ -154,7 +154,8 @@ def test_long_lists_and_home_paths(flux_folder: Path, tmp_path: Path, monkeypatc
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     prompts = [f"prompt {i}" for i in range(15_000)]
-    content = {"pipeline": "~/flux", "student": STUDENT, "prompts": prompts, "output_dir": "~/out"}
+    content = {"student": STUDENT, "prompts": prompts, "output_dir": "~/out"}
+    content["pipeline"] = {"name_or_path": "~/flux"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     start = time.perf_counter()
     run, _, _ = parse(["--config", "~/run.yaml"])

@@ -368,7 +368,7 @@ def test_a_published_student_says_what_it_was_distilled_through(caplog):
     for cls, guided in ((FluxPipeline, True), (FluxPipeline, False), (FluxKontextPipeline, True)):
         patch_pipeline(pipe=tiny(cls, transformer={"guidance_embeds": guided}), student=student)
     for message, name in zip(caplog.messages, ("FluxPipeline", "FluxKontext"), strict=True):
-        assert f"was distilled through FLUX.1-dev: compare it in this {name}" in message
+        assert f"was distilled through FLUX.1-dev: check it in this {name}" in message
 
 
 def test_wrong_arguments(flux_folder):

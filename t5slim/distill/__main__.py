@@ -103,10 +103,7 @@ def load_yaml(text: str) -> Any:
             raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
         if number > _MAX_VALUES:
             raise yaml.YAMLError(f"It has over {_MAX_VALUES} values: put prompts in another file.")
-    values = _parse_yaml(text)
-    if isinstance(values, dict) and isinstance(values.get("pipeline"), str):
-        values["pipeline"] = {"name_or_path": values["pipeline"]}
-    return values
+    return _parse_yaml(text)
 
 
 def command_parser(prog: str, **how: bool) -> ArgumentParser:

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # cp1252 and ASCII lack the table's arrows
     parser = command_parser("t5slim compare", as_positional=True)
-    parser.add_argument("students", nargs="+", help="folders or Hub ids; in a file also by name")
+    parser.add_argument("students", nargs="+", help="folders or Hub ids, before the options")
     parser.add_argument("prompts", type=Prompts, help="file, or folder with one for each category")
     skip: set[str | int] = {"pipe", "students", "prompts", "judge", "distances"}
     parser.add_function_arguments(compare, skip=skip)
