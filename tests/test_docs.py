@@ -37,7 +37,6 @@ OTHERS = re.compile(  # of diffusers, transformers and torch, or without a messa
 BLOCK = re.compile(r"^```(\w+).*\n((?s:.*?))^```$", re.M)
 BLOCKS = {page: BLOCK.findall(text) for page, text in PAGES.items() if page != "docs/log.md"}
 NOT_RUN = {
-    "bitsandbytes": "needs a GPU",
     "init_device_mesh": "needs torchrun, with which test_distributed.py runs it",
 }
 # They make an environment, run this file, log in, or need gradio.
@@ -52,6 +51,7 @@ SMALLER = {
     '"cuda"': '"cpu"',
     r"offload\(\)": 'offload(device="cpu")',
     'output_dir="': 'output_dir="new-',
+    ", quantization_config=nf4": "",
 }
 
 
