@@ -1,0 +1,1 @@
+"""A package, as the folder of a script that runs would hide it behind the module of its name."""
