@@ -28,7 +28,6 @@ class AdaptiveText:
     the normalised gradient of the score, from where they are or from the encoder's own c, and back
     into the ball ||c_t - c|| <= radius. Sampling goes on with them, until they are refined again.
     The arguments are attributes, and may be changed between two calls of `generate`.
-    The arguments are attributes, and may be changed between two calls of `generate`.
 
     Args:
         pipe: A flow-matching pipeline (FLUX, SD3, ...) with an encoder in its text slot.

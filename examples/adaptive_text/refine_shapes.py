@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -26,12 +25,13 @@ from t5slim import SlimT5Encoder
 from t5slim.distill import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from adaptive_text.adaptive_text import AdaptiveText, Score
-from adaptive_text.scores import SCORES, scores_of
 from scaling_down.study import SIZES, SMALLEST
 from shapes_world import judge, world
 from shapes_world.generation import CALL, STUDENT, captions, load_pipeline
 from shapes_world.students import denoiser_passes, fresh_student, settings
+
+from adaptive_text.adaptive_text import AdaptiveText, Score
+from adaptive_text.scores import SCORES, scores_of
 
 STEPS = 4  # of sampling
 BATCH = 33
@@ -148,11 +148,8 @@ def table(records: Sequence[Record]) -> str:
 
 
 def interval(shares: Sequence[float]) -> tuple[float, float]:
-    """Wilson's 95% interval of the mean; for letters, which vary less than 0 and 1, too wide."""
-    n, mean, z = len(shares), float(np.mean(shares)), 1.96
-    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    middle = mean + z * z / (2 * n)
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    """Of the mean, Wilson's; for letters, which vary less than 0 and 1, too wide."""
+    return judge.wilson_interval(float(np.mean(shares)), len(shares))
 
 
 def plot(records: Sequence[Record]) -> Figure:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from adaptive_text.adaptive_text import AdaptiveText, Score
 from shapes_world import world
 from shapes_world.generation import captions
 from shapes_world.train import pooled_vectors, to_tensor, tokenize
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from adaptive_text.adaptive_text import AdaptiveText, Score
 
 SCORES = ("oracle", "drawn", "CLIP", "random")
 Make = Callable[[AdaptiveText], Score]
