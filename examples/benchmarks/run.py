@@ -7,9 +7,8 @@ one process; a ratio is the median of those of the turns (with the least and the
 the memory doesn't allow is left out, and the document says so.
 """
 
-from __future__ import annotations
-
 import argparse
+import copy
 import gc
 import json
 import shutil
@@ -132,17 +131,16 @@ def products(model: Any, ids: torch.Tensor) -> Callable[[], None]:
 
 def compared(student: Any, teacher: Any, ids: torch.Tensor, bits: int) -> measuring.Ways:
     """A student beside the plain composition and the ceiling; or T5-XXL beside a student."""
-    if teacher is None:
-        composed = plain(student)
-        return {
-            "student": lambda: student(ids),
-            "plain": lambda: composed(ids),
-            "products": products(student, ids),
-        }
+    eager = copy.deepcopy(student)
+    eager.set_attn_implementation("eager")
     ways: dict[str, Callable[[], Any]] = {
         "student": lambda: student(ids),
-        "T5-XXL": lambda: teacher(ids),
+        "eager": lambda: eager(ids),
     }
+    if teacher is None:
+        composed = plain(student)
+        return {**ways, "plain": lambda: composed(ids), "products": products(student, ids)}
+    ways["T5-XXL"] = lambda: teacher(ids)
     return ways if bits < 16 else {**ways, "products": products(teacher, ids)}
 
 
@@ -200,20 +198,27 @@ def encoding(args: argparse.Namespace) -> Iterator[str]:
     """Students beside the plain composition, and beside T5-XXL."""
     common = {"lengths": args.lengths, "batch_sizes": args.batch_sizes, "tiny": args.tiny}
     common["presets"] = args.presets
-    yield "| encoder | dtype | tokens | batch | s | over plain composition | share of the ceiling |"
-    yield "|---|---|---:|---:|---:|---:|---:|"
+    yield 'eager: with attn_implementation="eager", plain products and a softmax.\n'
+    yield (
+        "| encoder | dtype | tokens | batch | s | over plain | share of the ceiling "
+        "| eager over plain | its share |"
+    )
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     for dtype in args.dtypes:
         task = start_process(
             __file__, "encode", dtype=dtype, repeats=args.repeats, bits=0, **common
         )
         for preset, length, batch, of in result(task).get("rows", []):
-            seconds, of_ceiling = of["student"], ratio(of["products"], of["student"])
+            ratios = [
+                f"{ratio(of[way], of['plain'])} | {ratio(of['products'], of[way])}"
+                for way in ("student", "eager")
+            ]
             yield (
-                f"| {preset} | {dtype} | {length} | {batch} | {statistics.median(seconds):.3f} "
-                f"| {ratio(seconds, of['plain'])} | {of_ceiling} |"
+                f"| {preset} | {dtype} | {length} | {batch} "
+                f"| {statistics.median(of['student']):.3f} | {' | '.join(ratios)} |"
             )
-    yield "\n| T5-XXL in | tokens | batch | s | over base | share of the ceiling |"
-    yield "|---|---:|---:|---:|---:|---:|"
+    yield "\n| T5-XXL in | tokens | batch | s | over base | over base, eager | its share |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
     for dtype, bits in [*((dtype, 16) for dtype in args.dtypes), ("bfloat16", 8), ("bfloat16", 4)]:
         name = dtype if bits == 16 else f"{bits} bits"
         if not args.xxl_repeats:
@@ -232,7 +237,8 @@ def encoding(args: argparse.Namespace) -> Iterator[str]:
             share = ratio(of["products"], of["T5-XXL"]) if "products" in of else "-"
             yield (
                 f"| {name} | {length} | {batch} | {statistics.median(of['T5-XXL']):.2f} "
-                f"| {ratio(of['T5-XXL'], of['student'])} | {share} |"
+                f"| {ratio(of['T5-XXL'], of['student'])} | {ratio(of['T5-XXL'], of['eager'])} "
+                f"| {share} |"
             )
     yield "\n| cold start | dtype | load and first embedding, s | with imports, s | peak, GiB |"
     yield "|---|---|---:|---:|---:|"
