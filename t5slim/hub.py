@@ -158,12 +158,11 @@ def load_strictly(
         "of another shape (in the file, in the config)": [*map(str, found["mismatched_keys"])],
     }
     if not any(wrong.values()):
-        # A quantized weight says that it is a float, and can't say whether it is finite.
-        wrong["NaN or infinity in"] = [
-            key
-            for key, weight in model.named_parameters()
-            if type(weight) is nn.Parameter and not weight.is_meta and not weight.isfinite().all()
-        ]
+        # Quantized weights can't say whether they are finite. NaN is its own least and greatest, and
+        # finding these takes a fortieth of the time of `isfinite` on a CPU.
+        weights = [(k, w) for k, w in model.named_parameters() if type(w) is nn.Parameter]
+        ends = {key: weight.aminmax() for key, weight in weights if not weight.is_meta}
+        wrong["NaN or infinity in"] = [k for k in ends if not all(e.isfinite() for e in ends[k])]
     if any(wrong.values()):
         lines = [f"{name!r} doesn't hold the tensors that its config.json asks for:"]
         lines += [f"  {what}: {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys]
