@@ -47,6 +47,8 @@ def peak_gib() -> float:
     """The most memory so far: of the GPU, or of this process."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    if (status := Path("/proc/self/status")).exists():  # ru_maxrss counts the parent's memory, too
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
