@@ -158,8 +158,7 @@ def load_strictly(
         "of another shape (in the file, in the config)": [*map(str, found["mismatched_keys"])],
     }
     if not any(wrong.values()):
-        # Quantized weights can't say whether they are finite. NaN is its own least and greatest,
-        # and to find these takes a fortieth of what `isfinite` takes on a CPU.
+        # Not of quantized weights. `isfinite` takes 40 times as long as `aminmax`, which keeps NaN.
         weights = [(k, w) for k, w in model.named_parameters() if type(w) is nn.Parameter]
         ends = {key: weight.aminmax() for key, weight in weights if not weight.is_meta}
         wrong["NaN or infinity in"] = [k for k in ends if not all(e.isfinite() for e in ends[k])]

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -136,9 +135,12 @@ def train(
         sampled = measure.prompts[:4] if measure and config.samples_every else []
 
         def sample(encode: pipeline.Encode) -> list[Image.Image]:
-            run = partial(pipeline.run_pipeline, pipe, encode=encode, decode=True)
-            each = enumerate(sampled, config.seed)  # one by one, to save memory
-            return [image for seed, prompt in each for image in run([prompt], kwargs, [seed])]
+            shown: list[Image.Image] = []
+            for seed, text in enumerate(sampled, config.seed):  # one by one, to save memory
+                shown += pipeline.run_pipeline(
+                    pipe, [text], kwargs, [seed], encode=encode, decode=True
+                )
+            return shown
 
         # At once: a device without room for the decoder is noticed now.
         teacher_images = sample(pipeline.call_encoder)
