@@ -174,8 +174,8 @@ def main() -> None:
     if args.check:
         return check()
     hours = " | ".join(f"{way}: hours on a {gpu}" for way in ("paper", "defaults") for gpu in GPUS)
-    print(f"| pipeline | TFLOP per sample, there and back | cache, GB | {hours} |")
-    print(f"|---|---:|---:|---:|{'---:|' * 2 * len(GPUS)}")
+    print(f"| pipeline | TFLOP per sample: forward; forward and backward | cache, GB | {hours} |")
+    print(f"|---|---:|---:|{'---:|' * 2 * len(GPUS)}")
     for name, pipeline in PIPELINES.items():
         found = cost(pipeline)
         cells = [f"{found.teacher / 1e12:.1f}, {found.there_and_back / 1e12:.1f}"]
