@@ -85,7 +85,7 @@ class SlimT5Config(T5Config):
         encoder_type: str = "t5",
         **kwargs: Any,
     ) -> None:
-        # Others mean nothing to an encoder, and of `num_labels` transformers makes as many labels.
+        # Others mean nothing to an encoder; of `num_labels=10**9` transformers would make as many.
         kwargs = {key: kwargs[key] for key in kwargs.keys() & (_KEYS | _LOADING)}
         try:
             super().__init__(**kwargs | {"tie_word_embeddings": False})
@@ -278,6 +278,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         model_type = values.pop("model_type", None)
         if model_type not in ("t5", "mt5", "umt5"):
             raise ConfigError(f"expected a T5, mT5 or UMT5, got model_type {model_type!r}: {name}")
+        values |= {key: kwargs.pop(key) for key in _KEYS & kwargs.keys()}
         origin = None if os.path.isdir(name) else name
         values |= {"base_model": origin, "base_model_revision": origin and access["revision"]}
         values |= {"project_out_dim": projection_dim, "encoder_type": model_type.removeprefix("m")}

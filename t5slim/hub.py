@@ -57,8 +57,8 @@ def hub_errors(what: str, *, loading: bool = False) -> Iterator[None]:
                 ) from error
         if loading:
             raise CheckpointError(
-                f"{what!r} can't be loaded: {error!r}. If it isn't whole, as after a download that "
-                "broke, is a pickle, or a Git LFS pointer: copy it again, or force_download=True."
+                f"{what!r} can't be loaded: {error!r}. If it isn't whole, is a pickle or a Git "
+                "LFS pointer, copy it again, or force_download=True; else check the arguments."
             ) from error
         raise
 
@@ -106,7 +106,7 @@ def find_json(name: str, filename: str, kwargs: dict[str, Any]) -> tuple[dict, d
         raise CheckpointError(f"{where!r} holds no {filename}: expected a folder or Hub id.")
     if commit := extract_commit_hash(str(file), None):
         access["revision"] = commit
-    return {**read_json(file), "attn_implementation": None}, access  # it may name code on the Hub
+    return {**read_json(file), "attn_implementation": None}, access  # code on the Hub, perhaps
 
 
 def load_strictly(
@@ -148,7 +148,7 @@ def load_strictly(
         size = sum(path.stat().st_size for path in files)
         config = kwargs["config"]
         projection = (config.d_model + config.project_out_dim) * config.project_out_dim
-        if config.parameters - projection > 4 * size:  # some have half a byte each
+        if config.parameters - projection > 4 * size:  # in 4 bits, one has half a byte
             raise ValueError(f"{size:,} bytes can't hold what its config.json asks for")
         model, found = load(file.parent, ignore_mismatched_sizes=True, **kwargs)
     model.config.name_or_path = name

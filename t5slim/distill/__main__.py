@@ -98,7 +98,7 @@ def load_yaml(text: str) -> Any:
     """Load YAML without aliases: those of aliases can stand for more than fits in memory."""
     for number, event in enumerate(yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
         value = getattr(event, "value", None) or ""  # for a number, it would be loaded as YAML, too
-        inner = "&" in value and re.search(r"[\[,:-]\s*\*\w", value)
+        inner = re.search(r"(?<!\w)&\w", value) and re.search(r"[\[,:-]\s*\*\w", value)
         if inner or isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
         if number > _MAX_VALUES:

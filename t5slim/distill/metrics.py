@@ -122,9 +122,9 @@ def check_student(pipe: Any, student: Any) -> nn.Module:
     if not isinstance(student, nn.Module):
         student = SlimT5Encoder.from_pretrained(student, dtype=compute_dtype(teacher))
         student.to(pipe._execution_device)
-    if not any(hasattr(part, "_hf_hook") for part in student.modules()):  # by which it has some
+    if not any(hasattr(part, "_hf_hook") for part in student.modules()):  # which hold weights
         check_weights(student)
-    memory = {parameter.data_ptr() for parameter in student.parameters()} - {0}  # of no memory
+    memory = {parameter.data_ptr() for parameter in student.parameters()} - {0}  # 0: on meta
     for name, part in pipe.components.items():
         parameters = part.parameters() if isinstance(part, nn.Module) else ()
         if not memory.isdisjoint(parameter.data_ptr() for parameter in parameters):
@@ -208,7 +208,7 @@ class VelocityGap:
     def _distances(self, embeddings_of: EmbeddingsOf) -> Tensor:
         """(P, C), as in `GapReport`, if the text is what `embeddings_of` says."""
         totals = torch.zeros(len(self.prompts), self._calls, dtype=torch.float64)
-        for batch in self._batches:
+        for batch in filter(lambda one: one.prompts, self._batches):
             embeddings = embeddings_of(batch.prompts)
             known = dict(zip(batch.prompts, embeddings, strict=True))
             # Of a trajectory as a whole, the empty prompt is and stays the teacher's.

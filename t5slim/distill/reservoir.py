@@ -127,11 +127,11 @@ class TrajectoryReservoir:
     def _read(self, step: int, group: range) -> list[int]:
         """The prompts of an update, tokenized as the pipeline does it."""
         prompts = [self._prompt(step * self.together + sample) for sample in group]
-        if new := [p for p in dict.fromkeys(prompts) if p not in self._tokenized]:
-            calls = tokenize(self._pipe, new, self._kwargs)
+        # All of them, if one is new: `pipeline_kwargs` may hold an image for each of a batch.
+        if not self._tokenized.keys() >= {*prompts}:
+            calls = tokenize(self._pipe, prompts, self._kwargs)
             indices = [index for ids, mask in calls for index in self.teacher.add(ids, mask)]
-            # Negative prompts are encoded after the prompts.
-            self._tokenized |= dict(zip(new, indices[: len(new)], strict=True))
+            self._tokenized |= zip(prompts, indices, strict=False)  # then negative prompts
         return [self._tokenized[prompt] for prompt in prompts]
 
     def _captured(self, round_: int, group: range) -> list[Call]:

@@ -131,7 +131,8 @@ def train(
         common: Any = {"pipeline_kwargs": kwargs, "process": (accelerator.process_index, processes)}
         reservoir = TrajectoryReservoir(pipe, source, config, **common)
         # On every process: a sharded denoiser is called by all of them, or by none.
-        measure = VelocityGap(pipe, held_out, pipeline_kwargs=kwargs) if held_out else None
+        options: Any = {"pipeline_kwargs": kwargs, "batch_size": config.batch_size}
+        measure = VelocityGap(pipe, held_out, **options) if held_out else None
         sampled = measure.prompts[:4] if measure and config.samples_every else []
 
         def sample(encode: pipeline.Encode) -> list[Image.Image]:
@@ -142,8 +143,7 @@ def train(
                 )
             return shown
 
-        # At once: a device without room for the decoder is noticed now.
-        teacher_images = sample(pipeline.call_encoder)
+        teacher_images = sample(pipeline.call_encoder)  # at once: is there room for the decoder?
         # Not prepared by accelerate, which may compile or cast as an earlier Accelerator said.
         model = DistributedDataParallel(student) if processes > 1 else student
         state = TrainingState(student, optim, reservoir, config)
@@ -151,14 +151,13 @@ def train(
         result.output_dir = folder
         if resume:
             state.restore(checkpoints, facts["identity"], config.max_steps)
-        if result.steps < config.max_steps:  # if resumed, by the same first samples again
+        if result.steps < config.max_steps:  # if resumed, by the samples that it began with
             new = TrajectoryReservoir(pipe, source, config, **common, teacher=reservoir.teacher)
             objective = Objective(pipe, new if result.steps else reservoir, config)
             del new  # its trajectories would stay in memory beside those of the run
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
-        # Not prepared: accelerate would step it once for each process.
-        scheduler = get_scheduler(
+        scheduler = get_scheduler(  # not prepared: accelerate would step it once for each process
             "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
             optim,
             num_warmup_steps=config.warmup_steps,
