@@ -1,6 +1,7 @@
 """The command line: what a file may hold, what a dry run measures, and that a run is `train`."""
 
 import importlib
+import json
 import os
 import shlex
 import subprocess
@@ -22,7 +23,7 @@ from tiny import PROMPTS, call_kwargs, tiny_flux
 
 import t5slim.cli
 from t5slim.distill import DistillConfig
-from t5slim.distill.__main__ import PipelineArguments, load_student, main, parse
+from t5slim.distill.__main__ import PipelineArguments, load_student, load_yaml, main, parse
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -130,6 +131,11 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(SystemExit, match=f"(?s)ConfigError: .*({message})"):
         main(["--config", str(path)])
     assert time.perf_counter() - start < 10
+
+
+def test_a_prompt_with_an_ampersand_and_stars_is_no_alias() -> None:
+    prompts = ["tom & jerry, *starring* cats", "R&B, [*loud*]"]
+    assert load_yaml(json.dumps({"prompts": prompts})) == {"prompts": prompts}
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxTransformer2DModel"])

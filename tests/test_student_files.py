@@ -169,7 +169,8 @@ def test_arguments_of_from_pretrained(folder, monkeypatch):
     assert close(student, make_student()) and not info["missing_keys"]
     monkeypatch.setenv("HOME", str(folder))
     T5EncoderModel(T5Config(**TINY)).save_pretrained(folder / "t5")
-    assert SlimT5Encoder.from_t5("~/t5", 24, output_loading_info=True).config.d_model == 16
+    student = SlimT5Encoder.from_t5("~/t5", 24, output_loading_info=True, dropout_rate=0.3)
+    assert (student.config.d_model, student.config.dropout_rate) == (16, 0.3)
     with pytest.raises(CheckpointError, match="local_file_only"):
         SlimT5Encoder.from_pretrained(folder, local_file_only=True)
 

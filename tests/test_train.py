@@ -81,6 +81,14 @@ def test_the_callers_grad_mode_changes_nothing(mode: Any) -> None:
     assert_same(trained(mode), trained(torch.enable_grad))
 
 
+def test_an_image_for_each_prompt_of_a_batch() -> None:
+    pipe, images = FluxImg2ImgPipeline.from_pipe(tiny_flux()), torch.rand(2, 3, 16, 16)
+    kwargs = call_kwargs(tiny_flux()) | {"image": images}
+    common = {"batch_size": 2, "objective": {"velocity": 1, "embedding": 1}, "max_steps": 12}
+    result = run(pipe, pipeline_kwargs=kwargs, eval_prompts=PROMPTS[:2], **common)
+    assert result.steps == 12 and result.gap > 0 and math.isfinite(result.loss)
+
+
 def test_embedding_matching_never_calls_the_denoiser() -> None:
     pipe = TINY_PIPELINES["chroma"]()
     calls = calls_of(pipe.transformer)
