@@ -10,7 +10,7 @@ class T5SlimError(Exception):
 
 
 class ConfigError(T5SlimError, ValueError):
-    """Settings, of a student or a comparison, have an unknown key or a value out of range."""
+    """Settings, a config or a folder for output: an unknown key, or an unusable value."""
 
 
 class CheckpointError(T5SlimError, ValueError):
@@ -18,7 +18,7 @@ class CheckpointError(T5SlimError, ValueError):
 
 
 class HubAccessError(T5SlimError, OSError):
-    """A Hub repository or file doesn't exist, is gated, or can't be reached."""
+    """A Hub repository, or a local file, doesn't exist, is gated, or can't be read or written."""
 
 
 class NoT5SlotError(T5SlimError, ValueError):

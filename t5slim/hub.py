@@ -18,7 +18,7 @@ from transformers.utils import extract_commit_hash
 from .errors import CheckpointError, ConfigError, HubAccessError, T5SlimError
 
 _ACCESS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
-# The first that fits an error, or one behind it: "not in the cache" may hide a 429, for one.
+# In this order, in an error and its causes: "not in the cache" may hide a 429.
 _FAILURES = (errors.HFValidationError, errors.HTTPError, OSError)
 
 

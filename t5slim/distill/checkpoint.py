@@ -135,7 +135,7 @@ class TrainingState:
         plain = map_tensors(state, lambda path, _: {"tensor": ".".join(map(str, path))})
         content = save(tensors, {"state": json.dumps(plain), "identity": json.dumps(identity)})
         step = f"{self.result.steps:08d}"
-        for damaged in [path for path in _files(folder) if path.name >= step]:  # or another run's
+        for damaged in [path for path in _files(folder) if path.name >= step]:  # or of another run
             damaged.unlink()
         write_atomic(folder / f"{step}-{_digest(content)}.safetensors", content)
         for old in _files(folder)[:-keep]:

@@ -98,7 +98,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if isinstance(self.objective, str):
             object.__setattr__(self, "objective", {self.objective: 1.0})
-        for name, value in vars(self).items():  # as Python's own: numpy's numbers, lists of YAML
+        for name, value in vars(self).items():  # numpy's to Python's, lists to tuples
             value = value.item() if isinstance(value, np.generic) else value
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         for names, allowed, expected in _CHECKS:

@@ -26,8 +26,12 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 # Set by the library in every call. For several images of a prompt, repeat it with other seeds.
 _RESERVED = "prompt|generator|latents|output_type|return_dict|.*prompt_embeds|.*_per_prompt"
 _TEXT_ARGUMENT = re.compile(r"(.+_)?prompt(_\d)?")  # negative_prompt_2, prompt_3, content_prompt
-_PASSING = (T5SlimError, torch.OutOfMemoryError, MemoryError)  # through a pipeline's call
-_WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # of every function that it decorates
+_PASSING = (
+    T5SlimError,
+    torch.OutOfMemoryError,
+    MemoryError,
+)  # through a pipeline's call as they are
+_WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # every function that it decorates has it
 
 Path = tuple[Any, ...]  # keys and indices that lead to a tensor, such as ("added_cond_kwargs", "x")
 Encode = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
@@ -127,7 +131,7 @@ def run_pipeline(
     # From under its `torch.no_grad` decorator.
     call = partial(inspect.unwrap(type(pipe).__call__), pipe) if grad else pipe
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # tensors of which have no version
+        stack.enter_context(torch.inference_mode(False))  # whose tensors have no `_version`
         stack.enter_context(torch.set_grad_enabled(grad))
         if grad and hasattr(pipe, "encode_prompt") and "encode_prompt" not in vars(pipe):
             # DeepFloyd IF and Kandinsky 3 decorate this, too.

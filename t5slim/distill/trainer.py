@@ -88,7 +88,7 @@ def train(
         HubAccessError: The repository of `push_to_hub` can't be made; or, in the end, when the
             student is trained and saved, not be written.
         OSError: A checkpoint can't be written; earlier ones are intact.
-        KeyboardInterrupt: After a checkpoint was written.
+        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM: with `output_dir`, after a checkpoint.
     """
     config = DistillConfig() if config is None else config
     _check_trainable(pipe, student, config)
@@ -303,7 +303,7 @@ def _finish(
     folder, student, images = result.output_dir, result.student, []
     if result.gap is not None and not result.gap <= 0.9:  # 1 is that of an empty prompt
         logger.warning(
-            f"The student says no more than an empty prompt (gap {result.gap:.3f}): try from_t5."
+            f"The student says hardly more than an empty prompt (gap {result.gap:.3f}): try from_t5."
         )
     if folder is not None:
         student.save_pretrained(folder)
