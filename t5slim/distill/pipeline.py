@@ -26,11 +26,7 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 # Set by the library in every call. For several images of a prompt, repeat it with other seeds.
 _RESERVED = "prompt|generator|latents|output_type|return_dict|.*prompt_embeds|.*_per_prompt"
 _TEXT_ARGUMENT = re.compile(r"(.+_)?prompt(_\d)?")  # negative_prompt_2, prompt_3, content_prompt
-_PASSING = (
-    T5SlimError,
-    torch.OutOfMemoryError,
-    MemoryError,
-)  # through a pipeline's call as they are
+_PASSING = (T5SlimError, torch.OutOfMemoryError, MemoryError)  # as they are, through a call
 _WITHOUT_GRAD = torch.no_grad()(lambda: None).__code__  # every function that it decorates has it
 
 Path = tuple[Any, ...]  # keys and indices that lead to a tensor, such as ("added_cond_kwargs", "x")

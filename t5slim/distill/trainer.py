@@ -303,7 +303,7 @@ def _finish(
     folder, student, images = result.output_dir, result.student, []
     if result.gap is not None and not result.gap <= 0.9:  # 1 is that of an empty prompt
         logger.warning(
-            f"The student says hardly more than an empty prompt (gap {result.gap:.3f}): try from_t5."
+            f"The student says hardly more than an empty prompt (gap {result.gap:.2}): try from_t5."
         )
     if folder is not None:
         student.save_pretrained(folder)
