@@ -10,7 +10,7 @@ class T5SlimError(Exception):
 
 
 class ConfigError(T5SlimError, ValueError):
-    """Settings, a config or a folder for output: an unknown key, or an unusable value."""
+    """An unknown setting or config key, a value out of range, or an unusable output folder."""
 
 
 class CheckpointError(T5SlimError, ValueError):

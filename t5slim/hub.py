@@ -106,7 +106,7 @@ def find_json(name: str, filename: str, kwargs: dict[str, Any]) -> tuple[dict, d
         raise CheckpointError(f"{where!r} holds no {filename}: expected a folder or Hub id.")
     if commit := extract_commit_hash(str(file), None):
         access["revision"] = commit
-    return {**read_json(file), "attn_implementation": None}, access  # code on the Hub, perhaps
+    return {**read_json(file), "attn_implementation": None}, access  # it may name code on the Hub
 
 
 def load_strictly(

@@ -130,10 +130,10 @@ def products(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     return multiply
 
 
-def compared(student: Any, teacher: Any, ids: torch.Tensor, bits: int) -> measuring.Ways:
+def compared(
+    student: Any, eager: Any, teacher: Any, ids: torch.Tensor, bits: int
+) -> measuring.Ways:
     """A student beside the plain composition and the ceiling; or T5-XXL beside a student."""
-    eager = copy.deepcopy(student)
-    eager.set_attn_implementation("eager")
     ways: dict[str, Callable[[], Any]] = {
         "student": lambda: student(ids),
         "eager": lambda: eager(ids),
@@ -165,10 +165,12 @@ def encode(
             quantize_(teacher, Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig())
     for preset in ("base",) if bits else presets:
         student = encoder(preset, dtype, tiny)
+        eager = copy.deepcopy(student)
+        eager.set_attn_implementation("eager")
         for length in lengths:
             for batch in batch_sizes:
                 ids = torch.randint(3, 32_000, (batch, length), device=DEVICE)
-                ways = compared(student, teacher, ids, bits)
+                ways = compared(student, eager, teacher, ids, bits)
                 rows.append([preset, length, batch, turns(ways, repeats)])
     return {"rows": rows}
 

@@ -135,7 +135,7 @@ def encode_prompts(
 def prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
     """The SHA-256 of each prompt's ids and mask (B, S), in hex: its name on every machine."""
     contents = input_ids.to("cpu", torch.int32)
-    if attention_mask is not None:  # as negative numbers, which no id is
+    if attention_mask is not None:  # below 0, as no id is; a mask of ones isn't no mask
         mask = attention_mask.to("cpu", torch.bool)
         contents = torch.cat([contents, -1 - mask.int()], 1)
     return [hashlib.sha256(content.tobytes()).hexdigest() for content in contents.numpy()]

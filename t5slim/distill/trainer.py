@@ -88,7 +88,7 @@ def train(
         HubAccessError: The repository of `push_to_hub` can't be made; or, in the end, when the
             student is trained and saved, not be written.
         OSError: A checkpoint can't be written; earlier ones are intact.
-        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM: with `output_dir`, after a checkpoint.
+        KeyboardInterrupt, SystemExit: On Ctrl-C, SIGTERM; with `output_dir`, after a checkpoint.
     """
     config = DistillConfig() if config is None else config
     _check_trainable(pipe, student, config)
