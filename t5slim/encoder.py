@@ -265,7 +265,8 @@ class SlimT5Encoder(T5PreTrainedModel):
     ) -> "SlimT5Encoder":
         """Make a student to be trained: a pretrained T5's encoder and a fresh projection.
 
-        Of a whole T5, only the encoder's tensors are read into memory.
+        The projection's last layer is zero until `t5slim.distill.train` fits it to the teacher. Of
+        a whole T5, only the encoder's tensors are read into memory.
 
         Args:
             name_or_path: Folder or Hub id of a T5, Flan-T5, mT5 or UMT5 with the vocabulary of the
@@ -290,6 +291,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             model = cls(encoder.config)  # a copy of `config`, shared by both
         model.encoder = _faster(encoder)
         adapter = ProjectionAdapter(config.d_model, config.project_out_dim, config.dropout_rate)
+        nn.init.zeros_(adapter.get_parameter("3.weight"))
         model.final_projection = adapter.to(encoder.device, encoder.dtype)
         return model.eval()
 

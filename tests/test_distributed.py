@@ -29,7 +29,7 @@ def result_of(name: str, processes: int = 1, **changes: Any) -> DistillResult:
     "name, changes, splits",
     [
         ("flux", {"max_steps": 12}, ["eight batches", "two batches", "both", "sharded"]),
-        ("sd3", {"max_steps": 4}, ["eight batches", "two processes"]),
+        ("sd3", {"max_steps": 4, "fresh": True}, ["eight batches", "two processes"]),
         ("stable_audio", {"max_steps": 6, "reservoir_size": 0}, ["two batches", "two processes"]),
     ],
     ids=["gather", "guidance", "through the pipeline, consecutive"],
@@ -40,8 +40,8 @@ def test_splits_teach_the_same(name: str, changes: dict[str, Any], splits: list[
     assert len(expected) == changes["max_steps"] / 2 and expected[-1] < expected[0]
     for split in splits:
         other = result_of(name, **changes | SPLITS[split])
-        # These losses are small: 1e-5 of the largest.
-        assert losses(other) == pytest.approx(expected, rel=0, abs=1e-5 * max(expected)), split
+        # These losses are small: 3e-5 of the largest. The fit of a new student rounds, too.
+        assert losses(other) == pytest.approx(expected, rel=0, abs=3e-5 * max(expected)), split
         assert other.gap == pytest.approx(whole.gap, rel=1e-4)
         for count in ("teacher_samples", "student_samples"):
             assert getattr(other, count) == getattr(whole, count)

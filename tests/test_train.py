@@ -123,10 +123,25 @@ def test_only_the_student_is_trained_and_the_pipeline_is_given_back_as_it_was() 
     assert "forward" not in vars(student)
 
 
+@pytest.mark.parametrize("name", ["a config", "a fresh projection"])
+def test_a_new_student_starts_from_the_teacher(pipe: Any, name: str) -> None:
+    """Before the first update, in effect: at so small a learning rate, nothing is learned."""
+    student, settings = tiny_student(pipe, dropout_rate=0.0), {"objective": "embedding"}
+    settings |= {"max_steps": 16, "learning_rate": 1e-12}
+    untrained = run(pipe, student, **settings)
+    torch.nn.init.zeros_(student.final_projection[-1].weight)  # as `from_t5` leaves it
+    started = run(pipe, student.config if name == "a config" else student, **settings)
+    assert started.loss < 0.5 * untrained.loss
+    assert (started.student is student) == (name != "a config")
+
+
 def test_the_seed_decides_and_nothing_that_was_drawn_before() -> None:
-    one, same, other = (
-        weights(run(tiny_flux(), seed=seed, max_steps=2).student) for seed in (-1, -1, 2**31 - 1)
-    )
+    def student(seed: int, start: Any = None) -> dict[str, torch.Tensor]:
+        return weights(run(tiny_flux(), start, seed=seed, max_steps=2).student)
+
+    new = tiny_student(tiny_flux()).config
+    assert_same(student(3, new), student(3, new))
+    one, same, other = map(student, (-1, -1, 2**31 - 1))
     assert_same(one, same)
     assert not all(torch.equal(one[name], other[name]) for name in one)
 

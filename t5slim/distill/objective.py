@@ -1,10 +1,10 @@
-"""The losses of a distillation, and their weighted sum.
+"""The losses of a distillation, their weighted sum, and the fit that a student starts from.
 
 B samples, T text tokens, D channels of the teacher's embeddings.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,9 +13,11 @@ from accelerate.utils import reduce  # type: ignore[import-untyped]
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
+from ..encoder import SlimT5Encoder
 from .config import DistillConfig
-from .pipeline import autocast_denoisers, teacher_of
+from .pipeline import autocast_denoisers, call_encoder, evaluating, teacher_of
 from .replay import predictions
 from .reservoir import Batch, TrajectoryReservoir
 from .teacher import encode_prompts
@@ -171,3 +173,82 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
                 tokens += rows.any(1).sum()  # without those that a mask hides
     fisher = total / tokens.clamp(min=1)
     return fisher + 0.01 * fisher.diagonal().mean() * torch.eye(len(fisher), device=device)
+
+
+@torch.no_grad()
+def start_from_means(
+    pipe: Any, student: SlimT5Encoder, reservoir: TrajectoryReservoir, config: DistillConfig
+) -> None:
+    """Let a student with random weights begin as a table of the teacher's mean embeddings.
+
+    Its token embeddings are the means of the teacher's embeddings of each token, in their `d_model`
+    principal components, of which `fit_projection` makes embeddings again. Attention and
+    feed-forward layers add nothing yet, as the last matrix of each is zero.
+
+    Args:
+        pipe: The pipeline with the teacher.
+        student: In float32, on the pipeline's device; changed in place.
+        reservoir: Of this process; the prompts of its first updates count, 2,048 in all.
+        config: The settings of both.
+    """
+    table = student.encoder.get_input_embeddings().weight.zero_()
+    sums = table.new_zeros(len(table), student.config.project_out_dim + 1)
+    for ids, _, counts, target in _first_embeddings(pipe, reservoir, config):
+        sums.index_add_(0, ids[counts], F.pad(target, (0, 1), value=1.0))  # and their number
+    sums, number = reduce(sums).to("cpu", torch.float64).tensor_split([-1], 1)
+    known = number[:, 0] > 0
+    means = sums / number
+    means[~known] = means[known].mean(0)
+    _, components = torch.linalg.eigh(means[known].T @ means[known])  # the largest come last
+    reduced = means @ components[:, -table.shape[1] :]
+    table[:, : reduced.shape[1]] = reduced / reduced.square().mean().sqrt()
+    for name, weight in student.encoder.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            weight.zero_()
+
+
+@torch.no_grad()
+def fit_projection(
+    pipe: Any, student: SlimT5Encoder, reservoir: TrajectoryReservoir, config: DistillConfig
+) -> None:
+    r"""Fit the last layer of a student's projection to the teacher by ridge regression.
+
+    $W = \arg\min \sum_t \|e_t - W h_t\|^2 + \lambda \|W\|^2$, with e the teacher's embedding of a
+    token, h what the layer takes for it, and $\lambda$ 0.1% of the mean $\sum_t h_i^2$: where
+    `embedding_loss` would bring this layer by itself.
+
+    Args:
+        pipe: The pipeline with the teacher.
+        student: In float32, on the pipeline's device; changed in place.
+        reservoir: Of this process; the prompts of its first updates count, 2,048 in all.
+        config: The settings of both.
+    """
+    first, last = student.final_projection[:-1], student.final_projection[-1]
+    sums = last.weight.new_zeros(last.in_features, last.in_features + last.out_features)
+    with evaluating(student):
+        for ids, mask, counts, target in _first_embeddings(pipe, reservoir, config):
+            hidden = first(call_encoder(student.encoder, ids, mask)[counts])
+            sums += hidden.T @ torch.cat([hidden, target], 1)
+    gram, cross = reduce(sums).to("cpu", torch.float64).tensor_split([last.in_features], 1)
+    gram.diagonal().add_(0.001 * gram.diagonal().mean())
+    last.weight.copy_(torch.linalg.solve(gram, cross).T)
+
+
+def _first_embeddings(
+    pipe: Any, reservoir: TrajectoryReservoir, config: DistillConfig
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+    """The first 2,048 prompts of a run, by batch.
+
+    Yields:
+        Ids and mask, (B, S); (B, S) bool, which of these tokens count; and the teacher's embeddings
+        of those N, (N, D) float32.
+    """
+    device, teacher = torch.device(pipe._execution_device), reservoir.teacher
+    steps = range(min(math.ceil(2048 / reservoir.together), config.max_steps))
+    for step in tqdm(steps, "fit to the teacher", leave=False):
+        for prompts in reservoir.batches(step, denoiser=False):
+            assert isinstance(prompts, list)
+            ids, mask = teacher.tokens(prompts, device)
+            counts = torch.ones_like(ids) if mask is None else mask
+            target = teacher.get(teacher_of(pipe), prompts, device).float()
+            yield ids, mask, counts.bool(), target[counts.bool()]

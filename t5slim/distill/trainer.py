@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from ..encoder import SlimT5Encoder
+from ..encoder import SlimT5Config, SlimT5Encoder
 from ..errors import DistillError
 from ..hub import check_no_lora, hub_errors, local_path, model_card, write_atomic
 from . import pipeline, report
 from .checkpoint import TrainingState, interruptible, locked, master_weights
 from .config import DistillConfig
 from .metrics import VelocityGap, check_student
-from .objective import Objective
+from .objective import Objective, fit_projection, start_from_means
 from .prompts import Prompts, PromptSource
 from .reservoir import TrajectoryReservoir
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def train(
     pipe: Any,
-    student: SlimT5Encoder,
+    student: SlimT5Encoder | SlimT5Config,
     prompts: Prompts,
     config: DistillConfig | None = None,
     *,
@@ -60,7 +60,9 @@ def train(
 
     Args:
         pipe: A pipeline with a T5 in its text slot, on the device to train on, that of the process.
-        student: With the vocabulary of that T5 and its output width. Trained in place.
+        student: With the vocabulary of that T5 and its output width. Trained in place; one from
+            `SlimT5Encoder.from_t5` first gets its projection by `fit_projection`. A config: a new
+            student, which begins by `start_from_means`.
         prompts: A list, or a file with one prompt on each line; or see `t5slim.distill.prompts`.
         config: The settings; `DistillConfig.paper()` has those of the paper.
         pipeline_kwargs: How to call the pipeline: `height`, `width`, `num_inference_steps`,
@@ -79,7 +81,7 @@ def train(
             which the schedule scales. Default: `config.adamw`.
 
     Returns:
-        The result, whose `student` is the one passed.
+        The result, whose `student` is the one passed, or the new one.
 
     Raises:
         DistillError: An argument or the launch doesn't fit, before the training; or too many
@@ -91,6 +93,12 @@ def train(
         KeyboardInterrupt, SystemExit: On Ctrl-C, SIGTERM; with `output_dir`, after a checkpoint.
     """
     config = DistillConfig() if config is None else config
+    if not isinstance(config, DistillConfig):
+        raise DistillError(f"config is {config!r:.80}; expected DistillConfig(**config).")
+    if fresh := isinstance(student, SlimT5Config):
+        with torch.inference_mode(False), torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(config.seed)
+            student = SlimT5Encoder(student)
     _check_trainable(pipe, student, config)
     kwargs = pipeline.check_pipeline_kwargs(pipe, pipeline_kwargs)
     folder = None if output_dir is None else Path(local_path(output_dir))
@@ -155,6 +163,10 @@ def train(
             new = TrajectoryReservoir(pipe, source, config, **common, teacher=reservoir.teacher)
             objective = Objective(pipe, new if result.steps else reservoir, config)
             del new  # its trajectories would stay in memory beside those of the run
+        if result.steps == 0 and fresh:
+            start_from_means(pipe, student, reservoir, config)
+        if result.steps == 0 and (fresh or not student.final_projection[-1].weight.any()):
+            fit_projection(pipe, student, reservoir, config)
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         scheduler = get_scheduler(  # not prepared: accelerate would step it once for each process
@@ -245,10 +257,8 @@ def train(
     return result
 
 
-def _check_trainable(pipe: Any, student: Any, config: Any) -> None:
+def _check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:
     """Refuse a student that can't learn, or can't from this pipeline."""
-    if not isinstance(config, DistillConfig):
-        raise DistillError(f"config is {config!r:.80}; expected DistillConfig(**config).")
     if not isinstance(student, SlimT5Encoder):
         raise DistillError(
             f"student is a {type(student).__name__}; expected one SlimT5Encoder, compiled in place."

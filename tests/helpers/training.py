@@ -132,10 +132,12 @@ def resumable(
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(die)
+    pipe = pipe or tiny_flux()
     changes = {"prompts": PROMPTS, "output_dir": folder, "resume": True} | RESUMED | changes
+    changes.setdefault("student", tiny_student(pipe).config)  # of a new one
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)  # a plot takes longer than the run
-        return run(pipe or tiny_flux(), **changes)
+        return run(pipe, **changes)
 
 
 def distributed(name: str, processes: int, changes: dict[str, Any]) -> list[DistillResult]:
@@ -155,6 +157,8 @@ def comparable(name: str, changes: dict[str, Any]) -> DistillResult:
     student = tiny_student(pipe, dropout_rate=0.0)
     if changes.pop("sharded", False):
         shard(pipe.transformer)
+    if changes.pop("fresh", False):
+        student = student.config
     changes = {"eval_every": 2, "eval_prompts": PROMPTS[:1], "reservoir_size": 16} | changes
     return run(pipe, student, PROMPTS, **changes)
 
