@@ -10,7 +10,14 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, constants, errors, hf_hub_download
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    constants,
+    errors,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from torch import OutOfMemoryError, nn
 from transformers import PreTrainedModel
 from transformers.utils import extract_commit_hash
@@ -78,20 +85,29 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def find_file(name: str, filename: str, *, subfolder: str = "", **access: Any) -> Path | None:
+def find_file(name: str, *filenames: str, subfolder: str = "", **access: Any) -> Path | None:
     """The local path of a file of a folder or Hub repository, downloaded where needed.
 
     Returns:
-        The path; None if the folder or repository is there, and has no such file.
+        That of the first that is there; None if the folder or repository has none of them.
     """
     with hub_errors(name):
+        paths = [Path(subfolder, filename).as_posix() for filename in filenames]
         if os.path.exists(name):
-            path = Path(name, subfolder, filename)
-            return path if path.is_file() else None
-        try:
-            return Path(hf_hub_download(name, filename, subfolder=subfolder or None, **access))
-        except errors.RemoteEntryNotFoundError:
-            return None
+            return next((file for path in paths if (file := Path(name, path)).is_file()), None)
+        for path in paths:
+            try:
+                return Path(hf_hub_download(name, path, **access))
+            except errors.RemoteEntryNotFoundError:
+                continue
+            except errors.LocalEntryNotFoundError:
+                # Without the Hub, the cache alone tells whether there is one of the others.
+                where = access.get("cache_dir"), access.get("revision")
+                cached = [try_to_load_from_cache(name, other, *where) for other in paths]
+                if found := [file for file in cached if isinstance(file, str)]:
+                    return Path(found[0])
+                raise
+    return None
 
 
 def find_json(name: str, filename: str, kwargs: dict[str, Any]) -> tuple[dict, dict]:
@@ -100,7 +116,8 @@ def find_json(name: str, filename: str, kwargs: dict[str, Any]) -> tuple[dict, d
     These are taken out of `kwargs`, and pinned to one commit: a branch may move between two
     downloads, and files of a known commit come out of the cache without another request.
     """
-    access = {key: kwargs.pop(key) for key in _ACCESS if key in kwargs}
+    access = {key: kwargs.pop(key, None) for key in _ACCESS}
+    access = {key: value for key, value in access.items() if value is not None}
     if (file := find_file(name, filename, **access)) is None:
         where = os.path.join(name, access.get("subfolder", "")).rstrip("/")
         raise CheckpointError(f"{where!r} holds no {filename}: expected a folder or Hub id.")
@@ -128,7 +145,7 @@ def load_strictly(
     """
     dot = f".{kwargs['variant']}" if kwargs.get("variant") else ""
     single, index = f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"
-    file = find_file(name, single, **access) or find_file(name, index, **access)
+    file = find_file(name, single, index, **access)
     # An adapter would change the weights, or have transformers load those of another repository.
     if file is None or Path(file.parent, "adapter_config.json").exists():
         raise CheckpointError(
