@@ -5,19 +5,12 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from huggingface_hub import (
-    ModelCard,
-    ModelCardData,
-    constants,
-    errors,
-    hf_hub_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import ModelCard, ModelCardData, constants, errors, hf_hub_download
 from torch import OutOfMemoryError, nn
 from transformers import PreTrainedModel
 from transformers.utils import extract_commit_hash
@@ -31,16 +24,10 @@ _FAILURES = (errors.HFValidationError, errors.HTTPError, OSError)
 
 @contextmanager
 def hub_errors(what: str, *, loading: bool = False) -> Iterator[None]:
-    """Turn every failure to read or write `what` into a HubAccessError; other errors pass.
+    """Turn every failure to read or write a folder or Hub id into a HubAccessError.
 
-    Args:
-        what: A folder or Hub id.
-        loading: Its files are complete, so that any other error means that one is damaged.
-
-    Raises:
-        HubAccessError: A repository or revision doesn't exist, is gated or private; the Hub refuses
-            or can't be reached, and the cache lacks a file; or a file can't be read or written.
-        CheckpointError: A file is damaged.
+    Other errors pass; or, if they come as complete files are `loading`, one of these is damaged,
+    and they become a CheckpointError.
     """
     try:
         yield
@@ -102,10 +89,10 @@ def find_file(name: str, *filenames: str, subfolder: str = "", **access: Any) ->
                 continue
             except errors.LocalEntryNotFoundError:
                 # Without the Hub, the cache alone tells whether there is one of the others.
-                where = access.get("cache_dir"), access.get("revision")
-                cached = [try_to_load_from_cache(name, other, *where) for other in paths]
-                if found := [file for file in cached if isinstance(file, str)]:
-                    return Path(found[0])
+                for other in paths:
+                    with suppress(errors.LocalEntryNotFoundError):
+                        cached = access | {"local_files_only": True}
+                        return Path(hf_hub_download(name, other, **cached))
                 raise
     return None
 
@@ -131,12 +118,8 @@ def load_strictly(
 ) -> tuple[Any, dict]:
     """Load a model, and refuse one whose files lack a tensor or hold another.
 
-    Args:
-        load: The `from_pretrained` of its class.
-        name: A folder or Hub id.
-        access: The arguments that find its files, from `find_json`.
-        unused: Prefixes of tensors that the file may hold without the model.
-        **kwargs: What else `load` takes.
+    `load` is the `from_pretrained` of its class, `access` is from `find_json`, and `unused` are
+    prefixes of tensors that the file may hold without the model.
 
     Raises:
         CheckpointError: Tensors are missing, unexpected, of another shape or not finite; the file
@@ -238,14 +221,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 def model_card(
     student: PreTrainedModel, repo_id: str, notes: str = "", metadata: Mapping | None = None
 ) -> ModelCard:
-    """The card of a student, by `model_card.md`.
-
-    Args:
-        student: Its sizes, and the T5 that it was made from, are in the card.
-        repo_id: Name of the repository or folder.
-        notes: Further facts, in Markdown, such as how the student was trained.
-        metadata: As of `huggingface_hub.ModelCardData`, such as its `license`.
-    """
+    """The card of a student, by `model_card.md`, as `SlimT5Encoder.push_to_hub` describes it."""
     known = {"base_model": getattr(student.config, "base_model", None), "library_name": "t5slim"}
     known |= {"pipeline_tag": "text-to-image", "tags": ["t5slim", "t5", "diffusers"]}
     data = ModelCardData(**known | {"model_name": repo_id.split("/")[-1], **(metadata or {})})

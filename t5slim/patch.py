@@ -138,11 +138,7 @@ def unpatch_pipeline(pipe: Any, teacher: nn.Module | None = None) -> Any:
 
 
 def student_config(student: Student, **access: Any) -> Any:
-    """The config of a student, without its weights.
-
-    Args:
-        student: As in `patch_pipeline`.
-        **access: How to reach the Hub: `token`, `cache_dir`, `local_files_only`...
+    """The config of a student, without its weights; `access` says how to reach the Hub.
 
     Raises:
         IncompatibleStudentError: It is something else, such as a CLIP or a folder of a plain T5.
@@ -162,16 +158,9 @@ def student_config(student: Student, **access: Any) -> Any:
 
 
 def check_fit(config: Any, slot: TextSlot) -> None:
-    """Check that a student has the vocabulary and the width that a pipeline needs.
+    """Raise an IncompatibleStudentError for a student of another vocabulary or width.
 
     A component that the pipeline was loaded without isn't compared.
-
-    Args:
-        config: Of the student.
-        slot: Of the pipeline.
-
-    Raises:
-        IncompatibleStudentError: It has another one.
     """
     if misfit := _wrong_vocabulary(config, slot):
         raise IncompatibleStudentError(f"the student {misfit}")

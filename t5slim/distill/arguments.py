@@ -105,10 +105,9 @@ def command_parser(prog: str, **how: bool) -> ArgumentParser:
 def parse_arguments(
     parser: ArgumentParser, arguments: Sequence[str] | None
 ) -> tuple[Namespace, str]:
-    """Parse arguments, None: those of the process. A ConfigError names any mistake in them.
+    """Parse arguments, None: those of the process; also return all of them as a YAML file.
 
-    Returns:
-        The arguments, with `pipeline` as `PipelineArguments`; and a YAML file of all of them.
+    A ConfigError names any mistake in them.
     """
     try:
         given = parser.parse_args(arguments)

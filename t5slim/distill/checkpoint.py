@@ -40,13 +40,7 @@ _MAX_SKIPPED = 10  # successive updates whose gradients aren't finite
 
 
 class TrainingState:
-    """All that changes from update to update.
-
-    Args:
-        student: In float32, on the device of the pipeline.
-        optimizer: Of its parameters.
-        reservoir: That batches are drawn from.
-        config: The settings.
+    """All that changes from update to update, of a student in float32 on the pipeline's device.
 
     Attributes:
         result: Of the run so far.
