@@ -56,9 +56,9 @@ def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
                 return SlimT5Encoder.from_t5(name, **options)
             case {"preset": name, **options}:
                 return SlimT5Encoder(SlimT5Config.preset(name, **options))
-    except TypeError as error:  # of an option
-        raise ConfigError(f"student: {source}: {error}") from error
-    raise ConfigError(f"student: {source}; expected from_pretrained, from_t5 or preset.")
+        raise TypeError("expected from_pretrained, from_t5 or preset")
+    except TypeError as error:  # also of an option
+        raise ConfigError(f"student: {source}; {error}.") from error
 
 
 def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:

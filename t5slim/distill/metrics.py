@@ -22,7 +22,7 @@ from .pipeline import batches_of, evaluating, teacher_of
 from .prompts import Prompts, PromptSource
 from .replay import NO_PROMPT, Call, EmbeddingsOf, predictions, split_trajectory
 from .teacher import TeacherEmbeddings, encode_prompts
-from .trajectory import Trajectory, capture
+from .trajectory import capture
 
 
 @dataclass(frozen=True, repr=False)
@@ -174,14 +174,20 @@ class VelocityGap:
         self._batches: list[tuple[int, int, dict[int, Call]]] = []
         options: Any = {"pipeline_kwargs": pipeline_kwargs, "decode": decode, "layouts": {}}
         batches = batches_of(self.prompts, batch_size)
-        for i, batch in enumerate(tqdm(batches, desc="capture for the velocity gap", leave=False)):
-            seeds = [seed] * len(batch) if decode else seed + i
+        for n, batch in enumerate(tqdm(batches, desc="capture for the velocity gap", leave=False)):
+            seeds = [seed] * len(batch) if decode else seed + n
             trajectory = capture(pipe, batch, seed=seeds, teacher=self._teacher, **options)
             if decode and (made := len(trajectory.images)) != len(batch):
                 raise DistillError(f"{len(batch)} prompts gave {made} images: set decode=False.")
             self.images += trajectory.images
             self._calls = len(trajectory.denoiser_calls)
-            self._batches.append((i * batch_size, *self._without_empty(trajectory)))
+            encoded = [prompt for prompts in trajectory.encoder_calls for prompt in prompts]
+            self._empty = self._teacher.add_empty(TextSlot(pipe).tokenizer, encoded)
+            # Without the samples of the empty prompt, and those of a text that is zeroed.
+            split = enumerate(split_trajectory(trajectory))
+            kept = {i: call.without(NO_PROMPT, self._empty) for i, call in split}
+            calls = {i: call for i, call in kept.items() if call is not None}
+            self._batches.append((n * batch_size, self._empty, calls))
         self._denominators = self._distances(self._of_empty_prompt)
         if not self._denominators.sum() > 0:
             raise DistillError("The denoiser reads nothing of these prompts. Are they empty?")
@@ -223,14 +229,6 @@ class VelocityGap:
         """(B, S, D), those of the empty prompt for each, with zeros behind if it is shorter."""
         *_, empty = self._of_teacher((*indices, self._empty))
         return empty.expand(len(indices), -1, -1)
-
-    def _without_empty(self, trajectory: Trajectory) -> tuple[int, dict[int, Call]]:
-        """The empty prompt of a trajectory, and its calls without the samples of that."""
-        encoded = [prompt for prompts in trajectory.encoder_calls for prompt in prompts]
-        self._empty = empty = self._teacher.add_empty(TextSlot(self._pipe).tokenizer, encoded)
-        split = enumerate(split_trajectory(trajectory))
-        kept = {i: call.without(NO_PROMPT, empty) for i, call in split}
-        return empty, {i: call for i, call in kept.items() if call is not None}
 
 
 def _padded(embeddings: Mapping[int, Tensor], prompts: tuple[int, ...]) -> Tensor:

@@ -89,10 +89,7 @@ class Samples(Call):
 class TrajectoryCall(Call):
     """A denoiser call that can't be taken apart into samples: `trajectory.reason` says why.
 
-    Attributes:
-        prompts: Of all encoder calls; each may matter to every sample.
-        trajectory: The trajectory.
-        index: Of the call in it.
+    Its prompts are those of all encoder calls, as each may matter to every sample.
     """
 
     trajectory: Trajectory

@@ -248,10 +248,7 @@ def image_grid(
 ) -> Image.Image:
     """An image grid with a line for each prompt, headed by it, and a column for each name.
 
-    Args:
-        prompts: As many as each column has images.
-        columns: The images by the column's name, all of one size.
-        cell: The width of a column in pixels; smaller images are enlarged.
+    All images have one size; `cell` is the width of a column in pixels.
     """
     width, height = next(iter(columns.values()))[0].size
     size = (cell, round(cell * height / width))
