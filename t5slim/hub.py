@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -24,16 +24,10 @@ _FAILURES = (errors.HFValidationError, errors.HTTPError, OSError)
 
 @contextmanager
 def hub_errors(what: str, *, loading: bool = False) -> Iterator[None]:
-    """Turn every failure to read or write `what` into a HubAccessError; other errors pass.
+    """Turn every failure to read or write a folder or Hub id into a HubAccessError.
 
-    Args:
-        what: A folder or Hub id.
-        loading: Its files are complete, so that any other error means that one is damaged.
-
-    Raises:
-        HubAccessError: A repository or revision doesn't exist, is gated or private; the Hub refuses
-            or can't be reached, and the cache lacks a file; or a file can't be read or written.
-        CheckpointError: A file is damaged.
+    Other errors pass; or, if they come as complete files are `loading`, one of these is damaged,
+    and they become a CheckpointError.
     """
     try:
         yield
@@ -78,20 +72,29 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def find_file(name: str, filename: str, *, subfolder: str = "", **access: Any) -> Path | None:
+def find_file(name: str, *filenames: str, subfolder: str = "", **access: Any) -> Path | None:
     """The local path of a file of a folder or Hub repository, downloaded where needed.
 
     Returns:
-        The path; None if the folder or repository is there, and has no such file.
+        That of the first that is there; None if the folder or repository has none of them.
     """
     with hub_errors(name):
+        paths = [Path(subfolder, filename).as_posix() for filename in filenames]
         if os.path.exists(name):
-            path = Path(name, subfolder, filename)
-            return path if path.is_file() else None
-        try:
-            return Path(hf_hub_download(name, filename, subfolder=subfolder or None, **access))
-        except errors.RemoteEntryNotFoundError:
-            return None
+            return next((file for path in paths if (file := Path(name, path)).is_file()), None)
+        for path in paths:
+            try:
+                return Path(hf_hub_download(name, path, **access))
+            except errors.RemoteEntryNotFoundError:
+                continue
+            except errors.LocalEntryNotFoundError:
+                # Without the Hub, the cache alone tells whether there is one of the others.
+                for other in paths:
+                    with suppress(errors.LocalEntryNotFoundError):
+                        cached = access | {"local_files_only": True}
+                        return Path(hf_hub_download(name, other, **cached))
+                raise
+    return None
 
 
 def find_json(name: str, filename: str, kwargs: dict[str, Any]) -> tuple[dict, dict]:
@@ -100,7 +103,8 @@ def find_json(name: str, filename: str, kwargs: dict[str, Any]) -> tuple[dict, d
     These are taken out of `kwargs`, and pinned to one commit: a branch may move between two
     downloads, and files of a known commit come out of the cache without another request.
     """
-    access = {key: kwargs.pop(key) for key in _ACCESS if key in kwargs}
+    access = {key: kwargs.pop(key, None) for key in _ACCESS}
+    access = {key: value for key, value in access.items() if value is not None}
     if (file := find_file(name, filename, **access)) is None:
         where = os.path.join(name, access.get("subfolder", "")).rstrip("/")
         raise CheckpointError(f"{where!r} holds no {filename}: expected a folder or Hub id.")
@@ -114,12 +118,8 @@ def load_strictly(
 ) -> tuple[Any, dict]:
     """Load a model, and refuse one whose files lack a tensor or hold another.
 
-    Args:
-        load: The `from_pretrained` of its class.
-        name: A folder or Hub id.
-        access: The arguments that find its files, from `find_json`.
-        unused: Prefixes of tensors that the file may hold without the model.
-        **kwargs: What else `load` takes.
+    `load` is the `from_pretrained` of its class, `access` is from `find_json`, and `unused` are
+    prefixes of tensors that the file may hold without the model.
 
     Raises:
         CheckpointError: Tensors are missing, unexpected, of another shape or not finite; the file
@@ -128,7 +128,7 @@ def load_strictly(
     """
     dot = f".{kwargs['variant']}" if kwargs.get("variant") else ""
     single, index = f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"
-    file = find_file(name, single, **access) or find_file(name, index, **access)
+    file = find_file(name, single, index, **access)
     # An adapter would change the weights, or have transformers load those of another repository.
     if file is None or Path(file.parent, "adapter_config.json").exists():
         raise CheckpointError(
@@ -221,14 +221,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 def model_card(
     student: PreTrainedModel, repo_id: str, notes: str = "", metadata: Mapping | None = None
 ) -> ModelCard:
-    """The card of a student, by `model_card.md`.
-
-    Args:
-        student: Its sizes, and the T5 that it was made from, are in the card.
-        repo_id: Name of the repository or folder.
-        notes: Further facts, in Markdown, such as how the student was trained.
-        metadata: As of `huggingface_hub.ModelCardData`, such as its `license`.
-    """
+    """The card of a student, by `model_card.md`, as `SlimT5Encoder.push_to_hub` describes it."""
     known = {"base_model": getattr(student.config, "base_model", None), "library_name": "t5slim"}
     known |= {"pipeline_tag": "text-to-image", "tags": ["t5slim", "t5", "diffusers"]}
     data = ModelCardData(**known | {"model_name": repo_id.split("/")[-1], **(metadata or {})})

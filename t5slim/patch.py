@@ -106,7 +106,8 @@ def unpatch_pipeline(pipe: Any, teacher: nn.Module | None = None) -> Any:
         teacher: The T5 to put back, where it wasn't kept with `keep_teacher=True`.
 
     Raises:
-        PatchError: There is no student in the pipeline, or its T5 wasn't kept.
+        PatchError: There is no student in the pipeline, or its T5 wasn't kept; or `teacher` has
+            another width or vocabulary.
         NoT5SlotError: The pipeline has no T5 slot.
     """
     slot = TextSlot(pipe)
@@ -120,8 +121,12 @@ def unpatch_pipeline(pipe: Any, teacher: nn.Module | None = None) -> Any:
             f"the T5 of {slot} wasn't kept. Pass it: transformers.AutoModelForTextEncoding."
             f"from_pretrained(<folder or Hub id>, subfolder={slot.name!r}, dtype={dtype})."
         )
-    if teacher is not None and embedding_width(getattr(teacher, "config", None)) != slot.width:
-        raise PatchError(f"{slot} takes a T5 of width {slot.width}; got {type(teacher).__name__}.")
+    if teacher is not None:
+        config, got = getattr(teacher, "config", None), type(teacher).__name__
+        if embedding_width(config) != slot.width:
+            raise PatchError(f"{slot} takes a T5 of width {slot.width}; got {got}.")
+        if misfit := _wrong_vocabulary(config, slot):
+            raise PatchError(f"the {got} {misfit}")
     original = vars(pipe)["_t5slim_original"] if teacher is None else teacher
     with slot.offload_paused(original):
         if original is not None:
@@ -133,11 +138,7 @@ def unpatch_pipeline(pipe: Any, teacher: nn.Module | None = None) -> Any:
 
 
 def student_config(student: Student, **access: Any) -> Any:
-    """The config of a student, without its weights.
-
-    Args:
-        student: As in `patch_pipeline`.
-        **access: How to reach the Hub: `token`, `cache_dir`, `local_files_only`...
+    """The config of a student, without its weights; `access` says how to reach the Hub.
 
     Raises:
         IncompatibleStudentError: It is something else, such as a CLIP or a folder of a plain T5.
@@ -157,26 +158,12 @@ def student_config(student: Student, **access: Any) -> Any:
 
 
 def check_fit(config: Any, slot: TextSlot) -> None:
-    """Check that a student has the vocabulary and the width that a pipeline needs.
+    """Raise an IncompatibleStudentError for a student of another vocabulary or width.
 
     A component that the pipeline was loaded without isn't compared.
-
-    Args:
-        config: Of the student.
-        slot: Of the pipeline.
-
-    Raises:
-        IncompatibleStudentError: It has another one.
     """
-    tokenizer = slot.tokenizer
-    # With or without the tokens that a textual inversion added, and rounded up, as T5's embeddings
-    # are padded to a multiple of 128: 32,128 for 32,100 tokens.
-    sizes = () if tokenizer is None else (len(tokenizer), tokenizer.vocab_size)
-    if sizes and all(-(-size // 128) != -(-config.vocab_size // 128) for size in sizes):
-        raise IncompatibleStudentError(
-            f"the student has a vocabulary of {config.vocab_size:,}, and the tokenizer of {slot} "
-            f"one of {len(tokenizer):,}. Pass one of its family: T5, mT5, UMT5 or ByT5."
-        )
+    if misfit := _wrong_vocabulary(config, slot):
+        raise IncompatibleStudentError(f"the student {misfit}")
     own = config.project_out_dim
     widths = {"embeddings": (own, slot.width)}
     if any(cls.__name__.startswith(_ONE_WIDTH) for cls in slot.cls.__mro__):
@@ -187,6 +174,20 @@ def check_fit(config: Any, slot: TextSlot) -> None:
                 f"the student's {part} have width {width}, and {slot} takes {expected}: see "
                 "projection_dim of SlimT5Encoder.from_t5, and d_model of SlimT5Config."
             )
+
+
+def _wrong_vocabulary(config: Any, slot: TextSlot) -> str:
+    """What is wrong with an encoder of another vocabulary than the tokenizer's; else empty."""
+    tokenizer = slot.tokenizer
+    # With or without the tokens that a textual inversion added, and rounded up, as T5's embeddings
+    # are padded to a multiple of 128: 32,128 for 32,100 tokens.
+    sizes = () if tokenizer is None else (len(tokenizer), tokenizer.vocab_size)
+    if not sizes or any(-(-size // 128) == -(-config.vocab_size // 128) for size in sizes):
+        return ""
+    return (
+        f"has a vocabulary of {config.vocab_size:,}, and the tokenizer of {slot} one of "
+        f"{len(tokenizer):,}. Pass one of its family: T5, mT5, UMT5 or ByT5."
+    )
 
 
 def _load_student(student: Student | None, slot: TextSlot, **access: Any) -> Any:
@@ -204,8 +205,11 @@ def _load_student(student: Student | None, slot: TextSlot, **access: Any) -> Any
     return student
 
 
-def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
-    """Patch the pipeline of a slot; `keep` says whether the original can be put back."""
+def _patch(slot: TextSlot, student: Any, keep: bool, dtype: torch.dtype | None = None) -> Any:
+    """Patch the pipeline of a slot; `keep` says whether the original can be put back.
+
+    Where there is no original to take it from, `dtype` is that of the student, or the pipeline's.
+    """
     pipe, original = slot.pipe, slot.encoder
     if is_student(original):
         raise PatchError(
@@ -217,7 +221,8 @@ def _patch(slot: TextSlot, student: Any, keep: bool) -> Any:
         # On the meta device it is under the sequential offload of another pipeline.
         there = original is not None and original.device.type != "meta"
         device = original.device if there else pipe._execution_device
-        _move(student, device, pipe.dtype if original is None else compute_dtype(original))
+        dtype = compute_dtype(original) if original is not None else dtype or pipe.dtype
+        _move(student, device, dtype)
         slot.replace(student.eval())
         vars(pipe).pop("_t5slim_original", None)
         if keep:
@@ -244,6 +249,7 @@ def _load_patched(cls: Any, source: str, student: Student | None, kwargs: dict[s
     if not hasattr(cls, "from_pipe"):
         raise NoT5SlotError(f"expected a class of diffusers' pipelines; got {cls.__name__}.")
     check_device_map(kwargs.get("device_map"))
+    dtypes: dict[str, Any] = {"default": None}
     # Before a download, diffusers takes only the libraries of a private table, where it has one.
     table = getattr(sys.modules[diffusers.DiffusionPipeline.__module__], "LOADABLE_CLASSES", {})
     methods = ["save_pretrained", "from_pretrained"]
@@ -265,13 +271,15 @@ def _load_patched(cls: Any, source: str, student: Student | None, kwargs: dict[s
     if student is None and index.get(slot.name) == [SlimT5Encoder.__module__, "SlimT5Encoder"]:
         student, its = source, access | {"subfolder": slot.name}
         variant = kwargs.get("variant")
-        if variant and hub.find_file(source, f"model.{variant}.safetensors", **its):
+        names = [f"model.{variant}.safetensors", "model.safetensors"]
+        if variant and getattr(hub.find_file(source, *names, **its), "name", None) == names[0]:
             its["variant"] = variant
     student = _load_student(student, slot, **its)
     kwargs = {"use_safetensors": True} | kwargs | access | {slot.name: None}
     with hub.hub_errors(source, loading=True):
         pipe = cls.from_pretrained(source, **kwargs)
-    return _patch(TextSlot(pipe), student, keep=False)
+    dtype = dtypes.get(slot.name, dtypes.get("default", torch.float32))  # as diffusers has it
+    return _patch(TextSlot(pipe), student, keep=False, dtype=dtype)
 
 
 def _move(module: nn.Module, device: Any, dtype: torch.dtype | None) -> None:

@@ -60,7 +60,8 @@ class TextSlot:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.cls = pipe if isinstance(pipe, type) else type(pipe)
-        self.register = "update_components" if is_modular(pipe) else "register_modules"
+        modular = hasattr(pipe, "update_components")
+        self.register = "update_components" if modular else "register_modules"
         if not hasattr(pipe, self.register):
             raise NoT5SlotError(f"expected a diffusers pipeline; got {self.cls.__name__}.")
         for name, declared in self.component_types().items():
@@ -147,7 +148,7 @@ class TextSlot:
 
     def _register(self, module: nn.Module | None) -> None:
         pipe, name, old = self.pipe, self.name, self.encoder
-        if is_modular(pipe):  # a components manager would keep the original
+        if self.register == "update_components":  # a components manager would keep the original
             pipe.unload_components(name)
         # Not `setattr`: if the slot was None, model_index.json would go on to say [null, null].
         getattr(pipe, self.register)(**{name: module})
@@ -158,9 +159,8 @@ class TextSlot:
     def restore(self, original: nn.Module | None) -> None:
         """Undo `replace`: `original` returns, and its replacement leaves without hooks."""
         replacement = self.replace(original)
-        for part in () if replacement in (None, original) else replacement.modules():
-            registry: Any = getattr(part, "_diffusers_hook", None)
-            for name in () if registry is None else list(registry.hooks):
+        for registry in [] if replacement is original else hook_registries(replacement):
+            for name in list(registry.hooks):
                 if name != "layerwise_casting":  # its own, and diffusers can't take it off
                     registry.remove_hook(name, recurse=False)
 
@@ -185,7 +185,7 @@ class TextSlot:
             check_weights(incoming)
         # What a pipeline, a module or its hooks are, is in their attributes and in tensors.
         parts = {part for module in modules for part in module.modules()}
-        hooks = [part._diffusers_hook for part in parts if hasattr(part, "_diffusers_hook")]
+        hooks = [registry for module in modules for registry in hook_registries(module)]
         with ExitStack() as undo:  # from the last to the first
             for owner in (pipe, *stages(pipe), *parts, *hooks):
                 own = owner.__dict__
@@ -222,22 +222,21 @@ def check_device_map(device_map: Any) -> None:
         )
 
 
+def hook_registries(module: nn.Module | None) -> list[Any]:
+    """Diffusers' registries of the hooks on a module and its parts."""
+    parts: Any = [] if module is None else module.modules()
+    return [part._diffusers_hook for part in parts if hasattr(part, "_diffusers_hook")]
+
+
 def find_hooks(module: nn.Module | None, name: str) -> list[Any]:
     """The hooks of diffusers with this name on a module and its parts."""
-    parts: Any = [] if module is None else module.modules()
-    registries = [part._diffusers_hook for part in parts if hasattr(part, "_diffusers_hook")]
-    return [registry.hooks[name] for registry in registries if name in registry.hooks]
+    return [r.hooks[name] for r in hook_registries(module) if name in r.hooks]
 
 
 def compute_dtype(module: Any) -> torch.dtype:
     """The dtype that a module computes in: layerwise casting may store its weights in float8."""
     hooks = find_hooks(module, "layerwise_casting")
     return hooks[0].compute_dtype if hooks else module.dtype
-
-
-def is_modular(pipe: Any) -> bool:
-    """Whether this is one of diffusers' modular pipelines, or a class of them."""
-    return hasattr(pipe, "update_components")
 
 
 def uncompiled(module: Any) -> Any:

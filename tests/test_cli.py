@@ -23,7 +23,8 @@ from tiny import PROMPTS, call_kwargs, tiny_flux
 
 import t5slim.cli
 from t5slim.distill import DistillConfig
-from t5slim.distill.__main__ import PipelineArguments, load_student, load_yaml, main, parse
+from t5slim.distill.__main__ import load_student, main, parse
+from t5slim.distill.arguments import PipelineArguments, load_yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))

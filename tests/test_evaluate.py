@@ -25,7 +25,7 @@ from tiny import PROMPTS, TINY_PIPELINES, call_kwargs, tiny_flux, tiny_ltx, tiny
 import t5slim
 from t5slim import patch_pipeline
 from t5slim.distill import VelocityGap, cache_teacher, cached_teacher
-from t5slim.distill.__main__ import PipelineArguments
+from t5slim.distill.arguments import PipelineArguments
 from t5slim.distill.pipeline import teacher_of
 from t5slim.evaluate import Comparison, compare
 from t5slim.evaluate.__main__ import main

@@ -8,7 +8,7 @@ import torch
 from helpers.hub import TOKEN
 from helpers.students import TINY, close, make_student
 from huggingface_hub import ModelCard, constants
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from t5slim import CheckpointError, ConfigError, HubAccessError, SlimT5Encoder
 from t5slim.hub import hub_errors
@@ -25,6 +25,8 @@ def published(hub, tmp_path):
     hub.add("me/student", tmp_path / "main")
     hub.add("me/student", tmp_path / "next", branch="next")
     hub.add("me/student", tmp_path / "small", prefix="small/")
+    PreTrainedModel.save_pretrained(students["main"], tmp_path / "shards", max_shard_size="5KB")
+    hub.add("me/shards", tmp_path / "shards")
     for kind in ("gated", "private"):
         hub.add(f"me/{kind}", tmp_path / "main", **{kind: True})
     return students
@@ -36,6 +38,7 @@ def published(hub, tmp_path):
         ("me/student", {}, "main"),
         ("me/student", {"revision": "next"}, "next"),
         ("me/student", {"subfolder": "small"}, "small"),
+        ("me/shards", {"subfolder": None, "revision": None}, "main"),
         ("me/gated", {"token": TOKEN}, "main"),
         ("me/private", {"token": TOKEN}, "main"),
     ],
@@ -66,12 +69,14 @@ def test_requests(hub, published, tmp_path):
     with pytest.raises(HubAccessError, match="outgoing traffic has been disabled"):
         load("me/student", local_files_only=True)
     assert hub.requests == []
+    load("me/shards")
     load("me/student")
     hub.requests.clear()
     load("me/student")
     assert hub.requests == ["HEAD /me/student/resolve/main/config.json"]
     hub.requests.clear()
-    assert close(load("me/student", local_files_only=True), published["main"])
+    for name in ("me/student", "me/shards"):
+        assert close(load(name, local_files_only=True), published["main"])
     assert hub.requests == []
     load("me/student", force_download=True)
     assert len([one for one in hub.requests if re.match("GET .*model.safetensors", one)]) == 1
@@ -79,7 +84,8 @@ def test_requests(hub, published, tmp_path):
     assert list((tmp_path / "elsewhere").rglob("model.safetensors"))
     hub.shutdown()
     hub.server_close()
-    assert close(load("me/student"), published["main"])
+    for name in ("me/student", "me/shards"):
+        assert close(load(name), published["main"])
 
 
 def test_errors_that_are_not_the_hubs_pass():

@@ -38,6 +38,7 @@ from helpers.pipelines import (
 from tiny import (
     TEXT_WIDTH,
     clip_encoder,
+    component,
     t5_encoder,
     tiny,
     tiny_chroma,
@@ -301,12 +302,7 @@ STATES = {
     "never": (tiny_flux, unpatch_pipeline, PatchError, f"{NOTHING} T5EncoderModel"),
     "none": (lambda: put_back(None), unpatch_pipeline, PatchError, f"{NOTHING} None"),
     "spread": (spread, patch_pipeline, PatchError, "spreads the pipeline.*reset_device_map"),
-    "no default": (
-        tiny_chroma,
-        patch_pipeline,
-        MISFIT,
-        "no student .*Chroma.*/DistillT5,",
-    ),
+    "no default": (tiny_chroma, patch_pipeline, MISFIT, "no student .*Chroma.*/DistillT5,"),
 }
 
 
@@ -320,11 +316,15 @@ def test_states(case):
     assert state(pipe) == before
 
 
-@pytest.mark.parametrize("teacher", ["me/flux", 5, clip_encoder(), t5_encoder(48)])
+WRONG_WORDS = component(transformers.T5EncoderModel, vocab_size=1000)
+
+
+@pytest.mark.parametrize("teacher", ["me/flux", 5, clip_encoder(), t5_encoder(48), WRONG_WORDS])
 def test_what_is_no_t5_of_this_pipeline_is_not_put_back(teacher):
     pipe = patched_flux(keep_teacher=True)
     before = state(pipe)
-    with pytest.raises(PatchError, match=f"takes a T5 of width 32; got {type(teacher).__name__}"):
+    message = f"takes a T5 of width 32; got {type(teacher).__name__}|T5EncoderModel has .* 1,000"
+    with pytest.raises(PatchError, match=message):
         unpatch_pipeline(pipe, teacher)
     with pytest.raises(CheckpointError, match="T5EncoderModel has no weights"):
         unpatch_pipeline(pipe, t5_encoder().to("meta"))
@@ -408,17 +408,19 @@ def test_from_a_folder(cls, folders):
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize(
-    "given", ["bfloat16", "torch.float16", torch.float16, {"default": "bfloat16"}], ids=str
+    "given",
+    ["bfloat16", torch.float16, {"text_encoder_2": "torch.float16", "default": "float32"}],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", ["module", "folder"])
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")
 def test_dtype_of_a_class(key, given, kind, folders):
     student = flux_student() if kind == "module" else folders / "student"
     pipe = patch_pipeline(FluxPipeline, folders / "flux", student=student, **{key: given})
-    name = given["default"] if isinstance(given, dict) else str(given)
-    expected = getattr(torch, name.removeprefix("torch."))
-    assert pipe.text_encoder_2.dtype == pipe.transformer.dtype == expected
-    assert generate(quiet(pipe)).isfinite().all()
+    expected = torch.bfloat16 if given == "bfloat16" else torch.float16
+    others = torch.float32 if isinstance(given, dict) else expected
+    assert (pipe.text_encoder_2.dtype, pipe.transformer.dtype) == (expected, others)
+    assert others != expected or generate(quiet(pipe)).isfinite().all()
 
 
 @pytest.mark.parametrize("saved", ["model", "model.bf16"])

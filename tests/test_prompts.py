@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,9 @@ def test_columns_of_files_and_data_sets(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(HubAccessError, match=r"'some/body' .*Offline"):
         load_prompts({"dataset": "some/body"})
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it weren't installed
+    with pytest.raises(DistillError, match=r"datasets.*pip install 't5slim\[prompts\]'"):
+        load_prompts(path)
 
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {

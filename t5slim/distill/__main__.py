@@ -1,137 +1,31 @@
 """`t5slim distill`: a run from a YAML file, with arguments that override it; or its dry run."""
 
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-import diffusers
 import torch
-import yaml  # type: ignore[import-untyped]
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import Namespace
 
 from ..encoder import SlimT5Config, SlimT5Encoder
-from ..errors import ConfigError, DistillError, T5SlimError
-from ..hub import hub_errors, local_path, write_atomic
+from ..errors import ConfigError, DistillError
+from ..hub import local_path, write_atomic
 from ..slot import TextSlot
+from .arguments import Prompts, command_parser, exit_on_error, parse_arguments
 from .config import DistillConfig
 from .pipeline import DENOISERS, check_pipeline_kwargs
 from .prompts import PromptSource, split_held_out
 from .report import METADATA, check_output_dir
 from .teacher import cache_teacher, cached_teacher
 from .trainer import check_launch, train
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-Prompts = str | list | dict[str, Any]  # not list[str], which jsonargparse copies for each str
-_parse_yaml = get_loader("yaml")
-_MAX_VALUES = 20_000  # in a run file, which has to be read in seconds
-
-
-@dataclass(frozen=True)
-class PipelineArguments:
-    """The teacher's pipeline, and how to load it.
-
-    Attributes:
-        name_or_path: Folder or Hub id.
-        revision, variant, cache_dir, local_files_only: As for `DiffusionPipeline.from_pretrained`.
-        dtype: Of all components, or by their name, with "default" for the rest.
-        quantization: Arguments of `diffusers.PipelineQuantizationConfig`.
-        device: Such as "cuda:1"; None: that of the process.
-        offload: CPU offload of the whole model or of its single layers; None: none.
-    """
-
-    name_or_path: str
-    revision: str | None = None
-    variant: str | None = None
-    dtype: Dtype | dict[str, Dtype] = "float32"
-    quantization: dict[str, Any] | None = None
-    cache_dir: str | None = None
-    local_files_only: bool = False
-    device: str | None = None
-    offload: Literal["model", "sequential"] | None = None
-
-    @cached_property
-    def cls(self) -> Any:
-        """The pipeline's class, which has a T5; no weights are loaded for it."""
-        name = self._read(diffusers.DiffusionPipeline.load_config).get("_class_name")
-        if not hasattr(diffusers, str(name)):
-            raise ConfigError(f"{self.name_or_path!r} is a {name!r}; expected one of diffusers'.")
-        return TextSlot(getattr(diffusers, name)).cls
-
-    def load(self, without: Sequence[str] = ()) -> Any:
-        """Load the pipeline, to its device or under offload; `without` are left out, as None."""
-        dtypes = self.dtype if isinstance(self.dtype, dict) else {"default": self.dtype}
-        kwargs: dict[str, Any] = {"use_safetensors": True, **dict.fromkeys(without)}
-        kwargs["dtype"] = {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
-        kwargs["quantization_config"] = self.quantization_config()
-        pipe = self._read(diffusers.DiffusionPipeline.from_pretrained, **kwargs)
-        # Not PartialState, which ignores ACCELERATE_USE_CPU.
-        device = self.device or Accelerator(mixed_precision="no").device
-        if self.offload is None:
-            return pipe.to(device)
-        getattr(pipe, f"enable_{self.offload}_cpu_offload")(device=device)
-        return pipe
-
-    def quantization_config(self) -> diffusers.PipelineQuantizationConfig | None:
-        """What diffusers makes of `quantization`, or its error."""
-        given = self.quantization
-        return None if given is None else diffusers.PipelineQuantizationConfig(**given)
-
-    def _read(self, read: Callable[..., Any], **kwargs: Any) -> Any:
-        for name in ("revision", "variant", "cache_dir", "local_files_only"):
-            kwargs[name] = getattr(self, name)
-        with hub_errors(self.name_or_path):
-            return read(local_path(self.name_or_path), **kwargs)
-
-
-def load_yaml(text: str) -> Any:
-    """Load YAML without aliases: those of aliases can stand for more than fits in memory."""
-    for number, event in enumerate(yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
-        value = getattr(event, "value", None) or ""  # for a number, it would be loaded as YAML, too
-        inner = re.search(r"(?<!\w)&\w", value) and re.search(r"[\[,:-]\s*\*\w", value)
-        if inner or isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
-        if number > _MAX_VALUES:
-            raise yaml.YAMLError(f"It has over {_MAX_VALUES} values: put prompts in another file.")
-    return _parse_yaml(text)
-
-
-def command_parser(prog: str, **how: bool) -> ArgumentParser:
-    """Return the parser of a command, so far for a YAML file and the pipeline, added as `how`."""
-    set_loader("yaml", load_yaml, (yaml.YAMLError,))
-    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
-    parser.add_class_arguments(PipelineArguments, "pipeline", **how)
-    return parser
-
-
-def parse_arguments(
-    parser: ArgumentParser, arguments: Sequence[str] | None
-) -> tuple[Namespace, str]:
-    """Parse arguments, None: those of the process. A ConfigError names any mistake in them.
-
-    Returns:
-        The arguments, with `pipeline` as `PipelineArguments`; and a YAML file of all of them.
-    """
-    try:
-        given = parser.parse_args(arguments)
-        del given["config"]
-        run, text = parser.instantiate(given), parser.dump(given, skip_unset=False)
-        run.pipeline.quantization_config()
-        torch.empty(0, device=run.pipeline.device)
-    except Exception as error:  # jsonargparse and yaml have no common base of theirs
-        raise ConfigError(f"{error}\nAll arguments: {parser.prog} --help") from error
-    return run, text
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, str]:
@@ -162,9 +56,9 @@ def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
                 return SlimT5Encoder.from_t5(name, **options)
             case {"preset": name, **options}:
                 return SlimT5Encoder(SlimT5Config.preset(name, **options))
-    except TypeError as error:  # of an option
-        raise ConfigError(f"student: {source}: {error}") from error
-    raise ConfigError(f"student: {source}; expected from_pretrained, from_t5 or preset.")
+        raise TypeError("expected from_pretrained, from_t5 or preset")
+    except TypeError as error:  # also of an option
+        raise ConfigError(f"student: {source}; {error}.") from error
 
 
 def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
@@ -205,18 +99,6 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> s
     lines += [f"update       {embedding:.3g} s, with velocity and its trajectories {update:.3g} s"]
     lines += [f"run          about {timedelta(seconds=round(total))}, beside T5 and evaluations"]
     return "\n".join(lines)
-
-
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """End a command without a traceback, at an error of t5slim or at Ctrl-C."""
-    try:
-        yield
-    except T5SlimError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt as interrupt:
-        sys.stderr.write(f"{str(interrupt) or 'Stopped.'}\n")
-        sys.exit(130)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -40,13 +40,7 @@ _MAX_SKIPPED = 10  # successive updates whose gradients aren't finite
 
 
 class TrainingState:
-    """All that changes from update to update.
-
-    Args:
-        student: In float32, on the device of the pipeline.
-        optimizer: Of its parameters.
-        reservoir: That batches are drawn from.
-        config: The settings.
+    """All that changes from update to update, of a student in float32 on the pipeline's device.
 
     Attributes:
         result: Of the run so far.
@@ -120,8 +114,7 @@ class TrainingState:
     def save(self, folder: Path, keep: int, identity: Mapping[str, Any]) -> None:
         """Write a checkpoint of a run into `folder`, then remove all but the newest `keep`.
 
-        Raises:
-            OSError: It can't be written; earlier ones are intact.
+        After an OSError, earlier ones are intact.
         """
         # torch's own method, as that of bitsandbytes nests its tensors.
         moments = torch.optim.Optimizer.state_dict(self._optimizer)["state"]
@@ -144,10 +137,8 @@ class TrainingState:
     def restore(self, folder: Path, identity: Mapping[str, Any], max_steps: int) -> None:
         """Go on from the run's newest checkpoint, bitwise, if there is one that is whole.
 
-        Before `max_steps`, trajectories are sampled again.
-
-        Raises:
-            DistillError: It is of another optimizer or student.
+        Before `max_steps`, trajectories are sampled again. A DistillError refuses a checkpoint of
+        another optimizer or student.
         """
         if (state := load_checkpoint(folder, identity)) is None:
             return
@@ -214,9 +205,7 @@ def _digest(content: bytes) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """The folder of a run, made where needed; what a run that was killed left in it is removed.
 
-    Raises:
-        ConfigError: It can't be made.
-        DistillError: Another run is writing into it, or nothing can be written.
+    A DistillError says that another run is writing into it, or that nothing can be written.
     """
     lock = FileLock(make_folder(folder) / ".t5slim-lock", timeout=0)  # it ends with the process
     try:

@@ -22,7 +22,7 @@ from .pipeline import batches_of, evaluating, teacher_of
 from .prompts import Prompts, PromptSource
 from .replay import NO_PROMPT, Call, EmbeddingsOf, predictions, split_trajectory
 from .teacher import TeacherEmbeddings, encode_prompts
-from .trajectory import Trajectory, capture
+from .trajectory import capture
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,16 +135,6 @@ def check_student(pipe: Any, student: Any) -> nn.Module:
     return student
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Prompts whose trajectories were sampled together."""
-
-    first: int  # of them among all prompts
-    empty: int  # the empty prompt, by its index in `TeacherEmbeddings`
-    prompts: tuple[int, ...]  # the others, likewise
-    calls: dict[int, Call]  # denoiser calls that read them
-
-
 class VelocityGap:
     """`velocity_gap` of any number of students, for one pipeline and set of prompts, captured once.
 
@@ -179,17 +169,25 @@ class VelocityGap:
         self._pipe = pipe
         self._device = torch.device(pipe._execution_device)
         self._teacher = TeacherEmbeddings()
-        self._batches: list[_Batch] = []
+        # Of prompts whose trajectories were sampled together: the place of the first among all, the
+        # index of their empty prompt in `TeacherEmbeddings`, and the denoiser calls that read them.
+        self._batches: list[tuple[int, int, dict[int, Call]]] = []
         options: Any = {"pipeline_kwargs": pipeline_kwargs, "decode": decode, "layouts": {}}
         batches = batches_of(self.prompts, batch_size)
-        for i, batch in enumerate(tqdm(batches, desc="capture for the velocity gap", leave=False)):
-            seeds = [seed] * len(batch) if decode else seed + i
+        for n, batch in enumerate(tqdm(batches, desc="capture for the velocity gap", leave=False)):
+            seeds = [seed] * len(batch) if decode else seed + n
             trajectory = capture(pipe, batch, seed=seeds, teacher=self._teacher, **options)
             if decode and (made := len(trajectory.images)) != len(batch):
                 raise DistillError(f"{len(batch)} prompts gave {made} images: set decode=False.")
             self.images += trajectory.images
             self._calls = len(trajectory.denoiser_calls)
-            self._batches.append(self._batch(trajectory, i * batch_size))
+            encoded = [prompt for prompts in trajectory.encoder_calls for prompt in prompts]
+            self._empty = self._teacher.add_empty(TextSlot(pipe).tokenizer, encoded)
+            # Without the samples of the empty prompt, and those of a text that is zeroed.
+            split = enumerate(split_trajectory(trajectory))
+            kept = {i: call.without(NO_PROMPT, self._empty) for i, call in split}
+            calls = {i: call for i, call in kept.items() if call is not None}
+            self._batches.append((n * batch_size, self._empty, calls))
         self._denominators = self._distances(self._of_empty_prompt)
         if not self._denominators.sum() > 0:
             raise DistillError("The denoiser reads nothing of these prompts. Are they empty?")
@@ -208,15 +206,18 @@ class VelocityGap:
     def _distances(self, embeddings_of: EmbeddingsOf) -> Tensor:
         """(P, C), as in `GapReport`, if the text is what `embeddings_of` says."""
         totals = torch.zeros(len(self.prompts), self._calls, dtype=torch.float64)
-        for batch in filter(lambda one: one.prompts, self._batches):
-            embeddings = embeddings_of(batch.prompts)
-            known = dict(zip(batch.prompts, embeddings, strict=True))
+        for first, empty, calls in self._batches:
+            read = {prompt for call in calls.values() for prompt in call.prompts}
+            if not (prompts := tuple(sorted(read - {empty}))):
+                continue
+            embeddings = embeddings_of(prompts)
+            known = dict(zip(prompts, embeddings, strict=True))
             # Of a trajectory as a whole, the empty prompt is and stays the teacher's.
-            known[batch.empty] = self._of_teacher((batch.empty,))[0].to(embeddings)
-            found = predictions(self._pipe, [*batch.calls.values()], partial(_padded, known))
-            for (i, call), prediction in zip(batch.calls.items(), found, strict=True):
+            known[empty] = self._of_teacher((empty,))[0].to(embeddings)
+            found = predictions(self._pipe, [*calls.values()], partial(_padded, known))
+            for (i, call), prediction in zip(calls.items(), found, strict=True):
                 losses = velocity_loss(prediction, call.target).to("cpu", torch.float64)
-                places = batch.first + torch.tensor(call.places)
+                places = first + torch.tensor(call.places)
                 totals[:, i].index_add_(0, places, losses * call.target[0].numel())
         return totals
 
@@ -228,16 +229,6 @@ class VelocityGap:
         """(B, S, D), those of the empty prompt for each, with zeros behind if it is shorter."""
         *_, empty = self._of_teacher((*indices, self._empty))
         return empty.expand(len(indices), -1, -1)
-
-    def _batch(self, trajectory: Trajectory, first: int) -> _Batch:
-        """Take a trajectory apart, and leave out the samples of the empty prompt."""
-        encoded = [prompt for prompts in trajectory.encoder_calls for prompt in prompts]
-        self._empty = empty = self._teacher.add_empty(TextSlot(self._pipe).tokenizer, encoded)
-        split = enumerate(split_trajectory(trajectory))
-        kept = {i: call.without(NO_PROMPT, empty) for i, call in split}
-        calls = {i: call for i, call in kept.items() if call is not None}
-        prompts = {prompt for call in calls.values() for prompt in call.prompts}
-        return _Batch(first, empty, tuple(sorted(prompts - {empty})), calls)
 
 
 def _padded(embeddings: Mapping[int, Tensor], prompts: tuple[int, ...]) -> Tensor:

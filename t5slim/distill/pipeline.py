@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import ConfigError, DistillError, T5SlimError
-from ..slot import TextSlot, compute_dtype, is_modular, stages, uncompiled
+from ..slot import TextSlot, compute_dtype, hook_registries, stages, uncompiled
 
 # What a pipeline may call for a prediction: Wan 2.2 has two experts, Kandinsky 3 a UNet.
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -42,11 +42,11 @@ def denoisers(pipe: Any) -> dict[str, Any]:
 
 def teacher_of(pipe: Any) -> Any:
     """The T5 in the pipeline's text slot; a DistillError without one, or if it is modular."""
-    if is_modular(pipe):
-        raise DistillError(
-            f"{type(pipe).__name__} is a modular pipeline: build a FluxPipeline(vae=pipe.vae, ...)."
-        )
     slot = TextSlot(pipe)
+    if slot.register == "update_components":
+        raise DistillError(
+            f"{slot.cls.__name__} is a modular pipeline: build a FluxPipeline(vae=pipe.vae, ...)."
+        )
     if slot.encoder is None:
         raise DistillError(f"{slot} is None: load it, or see t5slim.distill.cached_teacher.")
     return slot.encoder
@@ -234,8 +234,7 @@ def check_no_cache(pipe: Any) -> None:
     """Refuse a denoiser that carries something over from one of its calls to the next."""
     # All caches of diffusers are stateful hooks, whichever function put them there.
     for name, denoiser in denoisers(pipe).items():
-        registries = [getattr(part, "_diffusers_hook", None) for part in denoiser.modules()]
-        hooks = {key: h for r in registries if r is not None for key, h in r.hooks.items()}
+        hooks = {k: hook for r in hook_registries(denoiser) for k, hook in r.hooks.items()}
         if stateful := sorted(key for key, hook in hooks.items() if hook._is_stateful):
             raise DistillError(
                 f"The {name} of this {type(pipe).__name__} has a cache ({', '.join(stateful)}): it "

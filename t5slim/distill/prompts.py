@@ -181,8 +181,10 @@ def _read_file(file: str | os.PathLike[str], column: str | None = None) -> list[
 
 def _read_dataset(dataset: str, column: str | None = None, **options: Any) -> list[str]:
     """Stream the column of prompts out of a data set; errors call it `data_files`, if there."""
-    import datasets  # type: ignore[import-untyped]
-
+    try:
+        import datasets  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise DistillError(f"{error}: pip install 't5slim[prompts]'") from error
     name = options.get("data_files", dataset)
     limit, config = options.pop("limit", _LIMIT), options.pop("config", None)
     with hub_errors(name):

@@ -89,10 +89,7 @@ class Samples(Call):
 class TrajectoryCall(Call):
     """A denoiser call that can't be taken apart into samples: `trajectory.reason` says why.
 
-    Attributes:
-        prompts: Of all encoder calls; each may matter to every sample.
-        trajectory: The trajectory.
-        index: Of the call in it.
+    Its prompts are those of all encoder calls, as each may matter to every sample.
     """
 
     trajectory: Trajectory
@@ -100,11 +97,9 @@ class TrajectoryCall(Call):
 
 
 def split_trajectory(trajectory: Trajectory) -> list[Call]:
-    """Take a trajectory apart into the samples of its denoiser calls.
+    """Take a trajectory apart into the `Samples` of its denoiser calls.
 
-    Returns:
-        `Samples` for each call; or, of a pipeline that isn't a gather, `TrajectoryCall`s, each with
-        all prompts.
+    Of a pipeline that isn't a gather, these are `TrajectoryCall`s, each with all prompts.
     """
     try:
         if trajectory.batch_dims is None:
@@ -124,11 +119,7 @@ def split_trajectory(trajectory: Trajectory) -> list[Call]:
 
 
 def _split_call(call: DenoiserCall, batch_dims: Dims, places: list[int], origin: Tensor) -> Samples:
-    """Take a denoiser call apart; `origin` is that of the trajectory, (T, 2).
-
-    Raises:
-        NotAGather: Its samples don't stand alone.
-    """
+    """Take a call apart, or raise NotAGather; `origin` is that of the trajectory, (T, 2)."""
     N = len(call.target)
     if not call.sources.keys() <= batch_dims.keys():
         raise NotAGather("one tensor of T5's embeddings serves the whole batch")
@@ -205,7 +196,7 @@ def predictions(pipe: Any, calls: Sequence[Call], embeddings_of: EmbeddingsOf) -
     """The denoiser's predictions at some calls of one trajectory, with other embeddings.
 
     Args:
-        pipe: The pipeline that the calls were captured from.
+        pipe: The pipeline that they were captured from.
         calls: From `split_trajectory`, in their order; or a batch of a `TrajectoryReservoir`.
         embeddings_of: Called with prompts by their index in `TeacherEmbeddings`: for each `Samples`
             with those of its samples; or for all `TrajectoryCall`s, which one run of the pipeline

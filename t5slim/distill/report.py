@@ -134,7 +134,7 @@ def run_facts(
         "versions": {"t5slim": __version__} | {name: version(name) for name in packages},
     }
     try:
-        return _by_content(facts)
+        return json.loads(json.dumps(facts, default=_content))
     except Exception as error:  # of the values' own classes
         raise DistillError(
             f"pipeline_kwargs: expected plain values, tensors, images or objects of them: {error!r}"
@@ -142,12 +142,7 @@ def run_facts(
 
 
 def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds something else than the run to be resumed.
-
-    Raises:
-        DistillError: The folder holds a model or a run with other settings; the message says which.
-        ConfigError: Its `distillation.json` is damaged.
-    """
+    """Refuse a folder that holds a model, or something else than the run to be resumed."""
     path = folder / METADATA
     there = [file.name for file in (path, folder / "config.json") if file.exists()]
     if not there:
@@ -167,32 +162,24 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> No
         raise DistillError(f"{folder} holds a run with other settings: {'; '.join(differences)}.")
 
 
-def _by_content(value: Any) -> Any:
-    """A value in the types of JSON, or the SHA-256 of its content: the same in every process.
+def _content(value: Any) -> Any:
+    """What JSON has instead of a value: its content or the SHA-256 of that, alike in each process.
 
     Of a function or class, that is its name; so a lambda, or what is local to a function, has none.
     """
     match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case list() | tuple():
-            return [_by_content(item) for item in value]
-        case Mapping() if all(isinstance(key, str) for key in value):
-            return {key: _by_content(item) for key, item in value.items()}
-        case Mapping():
-            return [_by_content(item) for item in value.items()]
         case Set():
-            return sorted(map(_by_content, value), key=json.dumps)
+            return sorted(json.dumps(item, default=_content) for item in value)
         case bytes() | bytearray():
             return f"{type(value).__name__} {hashlib.sha256(value).hexdigest()}"
         case torch.Tensor():
             return f"{tensor_sha256(value)} {value.dtype} {tuple(value.shape)}"
         case Image.Image():  # whatever file it is from
             palette, clear = bytes(value.getpalette(None) or ()), value.info.get("transparency")
-            return _by_content([value.mode, value.size, palette, clear, value.tobytes()])
+            return value.mode, value.size, palette, clear, value.tobytes()
         case type() | FunctionType() if "<" not in value.__qualname__:
             return f"{value.__module__}.{value.__qualname__}"
-    return _by_content(value.__reduce_ex__(2))  # class and state, of which a copy would be made
+    return value.__reduce_ex__(2)  # class and state, of which a copy would be made
 
 
 def _named(module: Any, name_or_path: str | os.PathLike[str] | None) -> str:
@@ -261,10 +248,7 @@ def image_grid(
 ) -> Image.Image:
     """An image grid with a line for each prompt, headed by it, and a column for each name.
 
-    Args:
-        prompts: As many as each column has images.
-        columns: The images by the column's name, all of one size.
-        cell: The width of a column in pixels; smaller images are enlarged.
+    All images have one size; `cell` is the width of a column in pixels.
     """
     width, height = next(iter(columns.values()))[0].size
     size = (cell, round(cell * height / width))

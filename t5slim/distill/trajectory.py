@@ -227,15 +227,10 @@ def _record(
 
 
 def _copy(tensor: Tensor, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """A copy with the teacher's embeddings in the place of their codes.
+    """A copy with the teacher's embeddings, of each call (B, S, D), in the place of their codes.
 
-    Args:
-        tensor: An argument of the denoiser.
-        teachers: Of each encoder call, the teacher's embeddings (B, S, D).
-
-    Returns:
-        The copy; and of each token embedding in it the index among all, or -1 where there is
-        none: int64 of the tensor's shape without the channels. None if it holds none at all.
+    Also returns the index among all of each token embedding in it, or -1 where there is none: int64
+    of the tensor's shape without the channels. None if it holds none at all.
     """
     # Expanded where `tensor` is, strides kept: kernels round as their input lies in memory.
     once = tensor[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]

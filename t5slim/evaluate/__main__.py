@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from ..distill.__main__ import Prompts, command_parser, exit_on_error, parse_arguments
+from ..distill.arguments import Prompts, command_parser, exit_on_error, parse_arguments
 from ..distill.pipeline import check_pipeline_kwargs
 from .compare import check_request, compare
 

@@ -4,15 +4,10 @@ import torch
 
 from t5slim import SlimT5Config, SlimT5Encoder
 
-TINY = {
-    "vocab_size": 40,
-    "d_model": 16,
-    "d_kv": 4,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_heads": 3,  # 3 heads of 4 in a width of 16, as in Flan-T5 small
+TINY = {  # 3 heads of 4 in a width of 16, as in Flan-T5 small
+    "vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 3,
     "feed_forward_proj": "gated-gelu",
-}
+}  # fmt: skip
 OUT_DIM = 24
 IDS = torch.randint(2, 40, (2, 7), generator=torch.Generator().manual_seed(0))
 IDS[1, 4:] = 0
