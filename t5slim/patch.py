@@ -14,7 +14,6 @@ from . import hub
 from .encoder import SlimT5Config, SlimT5Encoder
 from .errors import CheckpointError, IncompatibleStudentError, NoT5SlotError, PatchError
 from .slot import TextSlot, check_device_map, compute_dtype, embedding_width, find_hooks, is_student
-from .table import Table
 
 Student = nn.Module | str | os.PathLike[str]
 
@@ -24,15 +23,16 @@ _PUBLISHED = {"LifuWang/DistillT5": "130 M", "LifuWang/DistillT5-Small": "54 M"}
 _ONE_WIDTH = ("HunyuanImage", "HunyuanVideo15", "LongCatAudio")
 
 
-class _Students(Table, list[dict[str, str]]):
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [tuple(self[0]), *(tuple(student.values()) for student in self)]
+class _Students(list[dict[str, str]]):
+    def __repr__(self) -> str:
+        line: Any = "{:<26}{:<12}{:<13}{:<13}{}".format
+        return "\n".join([line(*self[0]), *(line(*student.values()) for student in self)])
 
 
 def students() -> list[dict[str, str]]:
     """The students that are published on the Hub, the default of `patch_pipeline` first.
 
-    Nothing is downloaded. The list, a dict for each, prints as a table, also in a notebook.
+    Nothing is downloaded. The list, a dict for each, prints as a table.
     """
     facts = {"pipeline": "FLUX.1-dev", "licence": "none stated", "measured in": "arXiv 2503.19897"}
     return _Students({"student": name, "parameters": n} | facts for name, n in _PUBLISHED.items())

@@ -1,7 +1,6 @@
 """The command line: what a file may hold, what a dry run measures, and that a run is `train`."""
 
 import importlib
-import json
 import os
 import shlex
 import subprocess
@@ -24,7 +23,7 @@ from tiny import PROMPTS, call_kwargs, tiny_flux
 import t5slim.cli
 from t5slim.distill import DistillConfig
 from t5slim.distill.__main__ import load_student, main, parse
-from t5slim.distill.arguments import PipelineArguments, load_yaml
+from t5slim.distill.arguments import PipelineArguments
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -34,7 +33,6 @@ STUDENT = {
 }  # fmt: skip
 
 GIVEN = "pipeline: {name_or_path: none}\nprompts: none\noutput_dir: none\n"
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 
 
 @pytest.fixture
@@ -116,13 +114,11 @@ def test_mistakes_are_named_before_anything_is_loaded(
     ("text", "message"),
     [
         ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
-        ("student: " + "[" * 100_000, "maximum nesting depth|over 20000 values"),
+        ("student: " + "[" * 100_000, "nesting depth|recurs"),
         ("student:\n" + "".join(" " * i + "a:\n" for i in range(1, 2000)), "nesting depth|recurs"),
         ("a: \xff", "utf-8"),
         ("{}", "required: pipeline.name_or_path, student, prompts, output_dir"),
         ("", "Unexpected config|required"),
-        (BOMB, "It has an alias"),
-        ("".join(f"k{i}: 1\n" for i in range(100_000)), "It has over 20000 values"),
         ("student: {preset: small}\nmax_steps: 0x" + "f" * 20_000, "Exceeds the limit"),
     ],
 )
@@ -132,11 +128,6 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(SystemExit, match=f"(?s)ConfigError: .*({message})"):
         main(["--config", str(path)])
     assert time.perf_counter() - start < 10
-
-
-def test_a_prompt_with_an_ampersand_and_stars_is_no_alias() -> None:
-    prompts = ["tom & jerry, *starring* cats", "R&B, [*loud*]"]
-    assert load_yaml(json.dumps({"prompts": prompts})) == {"prompts": prompts}
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxTransformer2DModel"])
@@ -152,7 +143,6 @@ def test_students_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> No
     head, *lines = capsys.readouterr().out.splitlines()
     for line, student in zip(lines, t5slim.students(), strict=True):  # aligned
         assert all(line[head.index(k) :].startswith(v) for k, v in student.items())
-        assert f"<td>{student['student']}</td>" in t5slim.students()._repr_html_()  # type: ignore
 
 
 def test_long_lists_and_home_paths(flux_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,7 +3,7 @@
 Everything here goes through the public surface. Weights are filled by name and not by the order of
 initialisation, and the student is a file of `golden/`, so that the figures depend neither on the
 versions of diffusers and transformers nor on how a fresh student is initialised. Within a process
-results are equal bit for bit; against the literals, which another machine wrote, to 1e-5.
+results are equal bit for bit; against the literals, which another machine wrote, to 3e-5.
 """
 
 import json
@@ -36,12 +36,12 @@ HELD_OUT = PROMPTS[4:]
 
 
 def near(expected: Any) -> Any:
-    return pytest.approx(expected, rel=1e-5)
+    return pytest.approx(expected, rel=3e-5)
 
 
 def near_values(expected: list[float]) -> Any:
     """Single values of a tensor may be small beside the sums that they come from."""
-    return pytest.approx(expected, rel=1e-5, abs=1e-6)
+    return pytest.approx(expected, rel=3e-5, abs=1e-6)
 
 
 def fill(module: torch.nn.Module, seed: int) -> None:

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -80,7 +81,9 @@ def test_samples_are_the_pipelines_own_images(finished: Any) -> None:
     columns["student"] = images()
     unpatch_pipeline(pipe)
     assert columns["teacher"][0].tobytes() != columns["student"][0].tobytes()
-    assert Image.open(files[1]).tobytes() == image_grid(PROMPTS[4:], columns).tobytes()
+    grids = [np.int16(image) for image in (Image.open(files[1]), image_grid(PROMPTS[4:], columns))]
+    # They are generated one by one, and some kernels round otherwise than in a batch of two.
+    assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
 def test_of_videos_there_are_no_samples(tmp_path: Path) -> None:
@@ -103,7 +106,6 @@ def test_folder_and_result(finished: Any) -> None:
         assert text in str(result)
     assert "SlimT5Encoder" not in repr(result) == str(result)
     assert "tensor" not in repr(result.report)
-    assert f"<td>{result.report}</td>" in result._repr_html_()
     with Image.open(out / "run.png") as plot:
         plot.load()
         assert plot.size == (1200, 450)
@@ -152,9 +154,7 @@ def test_side_jobs_that_fail_dont_cost_the_student(
     assert_same(weights(SlimT5Encoder.from_pretrained(tmp_path)), weights(result.student))
 
 
-def test_a_folder_with_obstacles_is_trained_in(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_with_obstacles_is_trained_in(tmp_path: Path, caplog: Any) -> None:
     """Somebody's own card, though it is no YAML; and a file where checkpoints go."""
     card = "---\ntags: [broken\n---\n# Mine"
     (tmp_path / "README.md").write_text(card)
@@ -167,9 +167,8 @@ def test_a_folder_with_obstacles_is_trained_in(
     assert "velocity_gap" in (tmp_path / "history.jsonl").read_text().splitlines()[-1]
 
 
-def test_a_last_evaluation_that_fails_costs_nothing(
-    pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_last_evaluation_that_fails_costs_nothing(tmp_path: Path, caplog: Any) -> None:
+    pipe = tiny_flux()
     student = tiny_student(pipe)
     student.register_forward_hook(lambda module, *_: None if module.training else 1 / 0)
     run(pipe, student, output_dir=tmp_path, eval_prompts=PROMPTS[:1], max_steps=1)
@@ -193,9 +192,7 @@ def test_a_value_without_known_content_is_refused(value: Any) -> None:
         run(tiny_flux(), pipeline_kwargs=kwargs)
 
 
-def test_a_finished_run_is_uploaded(
-    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_is_uploaded(hub: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     result = run(tiny_flux(), output_dir=tmp_path / "out", push_to_hub="mine", **REPORTED)
     files = hub.repositories["me/mine"].files("main")
@@ -212,20 +209,16 @@ def test_a_finished_run_is_uploaded(
     assert "model.safetensors" in hub.repositories["me/other"].files("main")
 
 
-def test_a_hub_that_refuses_is_noticed_before_the_training(hub: Any, tmp_path: Path) -> None:
-    pipe = tiny_flux()
+def test_a_hub_that_refuses(hub: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Before the training, that is not begun; after it, the student is kept."""
+    pipe, arguments = tiny_flux(), {"output_dir": tmp_path / "out", "push_to_hub": "me/mine"}
     calls = calls_of(pipe.transformer)
     with pytest.raises(HubAccessError, match=r"me/mine.*401"):
-        run(pipe, output_dir=tmp_path / "mine", push_to_hub="me/mine")
-    assert not calls and not (tmp_path / "mine").exists()
-
-
-def test_an_upload_that_fails_keeps_the_student(
-    pipe: Any, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        run(pipe, **arguments)
+    assert not calls and not (tmp_path / "out").exists()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     pipe.transformer.register_forward_hook(lambda *_: monkeypatch.setenv("HF_TOKEN", "hf_wrong"))
     with pytest.raises(HubAccessError, match=r"me/mine.*401"):
-        run(pipe, output_dir=tmp_path / "out", push_to_hub="me/mine")
+        run(pipe, **arguments)
     SlimT5Encoder.from_pretrained(tmp_path / "out")
     assert "## Distillation" in (tmp_path / "out" / "README.md").read_text()

@@ -125,7 +125,7 @@ def test_only_the_student_is_trained_and_the_pipeline_is_given_back_as_it_was() 
 
 @pytest.mark.parametrize("name", ["a config", "a fresh projection"])
 def test_a_new_student_starts_from_the_teacher(pipe: Any, name: str) -> None:
-    """Before the first update, in effect: at so small a learning rate, nothing is learned."""
+    """At so small a learning rate, nothing is learned."""
     student, settings = tiny_student(pipe, dropout_rate=0.0), {"objective": "embedding"}
     settings |= {"max_steps": 16, "learning_rate": 1e-12}
     untrained = run(pipe, student, **settings)
@@ -323,6 +323,9 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     SlimT5Encoder.from_pretrained(tmp_path / "run")
 
 
+PARALLEL = ParallelismConfig()
+
+
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Accelerate reads the environment once for a process: here, once for a test."""
@@ -333,15 +336,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 
 @pytest.mark.parametrize(
     "variable, value",
-    [
-        ("MIXED_PRECISION", "bf16"),
-        ("DYNAMO_BACKEND", "INDUCTOR"),
-        ("USE_FSDP", "true"),
-        ("USE_PARALLELISM_CONFIG", "true"),
-    ],
+    [("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "INDUCTOR"), ("USE_FSDP", "true")],
 )
 def test_a_launch_with_other_settings_is_refused(
-    variable: str, value: str, environment: pytest.MonkeyPatch
+    variable: str, value: str, environment: Any
 ) -> None:
     environment.setenv(f"ACCELERATE_{variable}", value)
     with pytest.raises(DistillError, match=f"{variable}.*{value.lower()}.*expected '(no|false)'"):
@@ -351,16 +349,9 @@ def test_a_launch_with_other_settings_is_refused(
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"mixed_precision": "fp16"},
-        {"dynamo_backend": "eager"},
-        {"parallelism_config": ParallelismConfig()},
-    ],
-    ids=str,
+    [{"mixed_precision": "fp16", "dynamo_backend": "eager"}, {"parallelism_config": PARALLEL}],
 )
-def test_an_earlier_accelerator_changes_nothing(
-    settings: dict[str, Any], environment: pytest.MonkeyPatch
-) -> None:
+def test_an_earlier_accelerator_changes_nothing(settings: Any, environment: Any) -> None:
     changes = {"gradient_accumulation_steps": 2, "batch_size": 2, "mixed_precision": "bf16"}
     before = run(tiny_flux(), **changes)
     AcceleratorState._reset_state(True)

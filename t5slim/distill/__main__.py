@@ -45,8 +45,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, st
     return run, DistillConfig(**{name: run[name] for name in settings}), text
 
 
-def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
-    """Load, or make, the student that a mapping describes; the seed is that of fresh weights."""
+def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder | SlimT5Config:
+    """The student of a mapping, or the config of a new one; the seed is that of a projection."""
     torch.manual_seed(seed)
     try:
         match source:
@@ -55,7 +55,7 @@ def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder:
             case {"from_t5": name, **options}:
                 return SlimT5Encoder.from_t5(name, **options)
             case {"preset": name, **options}:
-                return SlimT5Encoder(SlimT5Config.preset(name, **options))
+                return SlimT5Config.preset(name, **options)
         raise TypeError("expected from_pretrained, from_t5 or preset")
     except TypeError as error:  # also of an option
         raise ConfigError(f"student: {source}; {error}.") from error

@@ -1,6 +1,5 @@
 """The parts that the commands share: their YAML files, the pipeline's arguments, their errors."""
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +9,8 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-import yaml  # type: ignore[import-untyped]
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace
 
 from ..errors import ConfigError, T5SlimError
 from ..hub import hub_errors, local_path
@@ -20,8 +18,6 @@ from ..slot import TextSlot
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Prompts = str | list | dict[str, Any]  # not list[str], which jsonargparse copies for each str
-_parse_yaml = get_loader("yaml")
-_MAX_VALUES = 20_000  # in a run file, which has to be read in seconds
 
 
 @dataclass(frozen=True)
@@ -81,21 +77,8 @@ class PipelineArguments:
             return read(local_path(self.name_or_path), **kwargs)
 
 
-def load_yaml(text: str) -> Any:
-    """Load YAML without aliases: those of aliases can stand for more than fits in memory."""
-    for number, event in enumerate(yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
-        value = getattr(event, "value", None) or ""  # for a number, it would be loaded as YAML, too
-        inner = re.search(r"(?<!\w)&\w", value) and re.search(r"[\[,:-]\s*\*\w", value)
-        if inner or isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("It has an alias (*name): write out what that stands for.")
-        if number > _MAX_VALUES:
-            raise yaml.YAMLError(f"It has over {_MAX_VALUES} values: put prompts in another file.")
-    return _parse_yaml(text)
-
-
 def command_parser(prog: str, **how: bool) -> ArgumentParser:
     """Return the parser of a command, so far for a YAML file and the pipeline, added as `how`."""
-    set_loader("yaml", load_yaml, (yaml.YAMLError,))
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
     parser.add_class_arguments(PipelineArguments, "pipeline", **how)

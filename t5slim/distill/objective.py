@@ -176,79 +176,65 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
 
 
 @torch.no_grad()
-def start_from_means(
-    pipe: Any, student: SlimT5Encoder, reservoir: TrajectoryReservoir, config: DistillConfig
+def start_from_teacher(
+    pipe: Any,
+    student: SlimT5Encoder,
+    reservoir: TrajectoryReservoir,
+    config: DistillConfig,
+    *,
+    fresh: bool = False,
 ) -> None:
-    """Let a student with random weights begin as a table of the teacher's mean embeddings.
+    r"""Fit a student that is to be trained to the teacher's embeddings, in closed form.
 
-    Its token embeddings are the means of the teacher's embeddings of each token, in their `d_model`
-    principal components, of which `fit_projection` makes embeddings again. Attention and
-    feed-forward layers add nothing yet, as the last matrix of each is zero.
-
-    Args:
-        pipe: The pipeline with the teacher.
-        student: In float32, on the pipeline's device; changed in place.
-        reservoir: Of this process; the prompts of its first updates count, 2,048 in all.
-        config: The settings of both.
-    """
-    table = student.encoder.get_input_embeddings().weight.zero_()
-    sums = table.new_zeros(len(table), student.config.project_out_dim + 1)
-    for ids, _, counts, target in _first_embeddings(pipe, reservoir, config):
-        sums.index_add_(0, ids[counts], F.pad(target, (0, 1), value=1.0))  # and their number
-    sums, number = reduce(sums).to("cpu", torch.float64).tensor_split([-1], 1)
-    known = number[:, 0] > 0
-    means = sums / number
-    means[~known] = means[known].mean(0)
-    _, components = torch.linalg.eigh(means[known].T @ means[known])  # the largest come last
-    reduced = means @ components[:, -table.shape[1] :]
-    table[:, : reduced.shape[1]] = reduced / reduced.square().mean().sqrt()
-    for name, weight in student.encoder.named_parameters():
-        if name.endswith((".o.weight", ".wo.weight")):
-            weight.zero_()
-
-
-@torch.no_grad()
-def fit_projection(
-    pipe: Any, student: SlimT5Encoder, reservoir: TrajectoryReservoir, config: DistillConfig
-) -> None:
-    r"""Fit the last layer of a student's projection to the teacher by ridge regression.
-
+    The last layer of its projection by ridge regression,
     $W = \arg\min \sum_t \|e_t - W h_t\|^2 + \lambda \|W\|^2$, with e the teacher's embedding of a
     token, h what the layer takes for it, and $\lambda$ 0.1% of the mean $\sum_t h_i^2$: where
     `embedding_loss` would bring this layer by itself.
 
+    A `fresh` student, whose weights are random, first becomes a table: its token embeddings are the
+    means of the teacher's embeddings of each token, in their `d_model` principal components. Its
+    layers add nothing yet, as the last matrix of each is zero.
+
     Args:
         pipe: The pipeline with the teacher.
         student: In float32, on the pipeline's device; changed in place.
         reservoir: Of this process; the prompts of its first updates count, 2,048 in all.
         config: The settings of both.
+        fresh: Whether the encoder's weights, too, are to be replaced.
     """
+    device, teacher = torch.device(pipe._execution_device), reservoir.teacher
+    steps = range(min(math.ceil(2048 / reservoir.together), config.max_steps))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+        """Ids, mask and which tokens count, (B, S); the teacher's embeddings of these, (N, D)."""
+        for step in tqdm(steps, "fit to the teacher", leave=False):
+            for prompts in reservoir.batches(step, denoiser=False):
+                assert isinstance(prompts, list)
+                ids, mask = teacher.tokens(prompts, device)
+                counts = (torch.ones_like(ids) if mask is None else mask).bool()
+                target = teacher.get(teacher_of(pipe), prompts, device)
+                yield ids, mask, counts, target[counts].float()
+
     first, last = student.final_projection[:-1], student.final_projection[-1]
+    if fresh:
+        table = student.encoder.get_input_embeddings().weight.zero_()
+        sums = table.new_zeros(len(table), last.out_features + 1)
+        for ids, _, counts, target in batches():
+            sums.index_add_(0, ids[counts], F.pad(target, (0, 1), value=1.0))  # and their number
+        sums, number = reduce(sums).to("cpu", torch.float64).tensor_split([-1], 1)
+        known = sums[number[:, 0] > 0] / number[number > 0][:, None]
+        means = torch.where(number > 0, sums / number, known.mean(0))
+        _, components = torch.linalg.eigh(known.T @ known)  # the largest come last
+        reduced = means @ components[:, -table.shape[1] :]
+        table[:, : reduced.shape[1]] = reduced / reduced.square().mean().sqrt()
+        for name, weight in student.encoder.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):
+                weight.zero_()
     sums = last.weight.new_zeros(last.in_features, last.in_features + last.out_features)
     with evaluating(student):
-        for ids, mask, counts, target in _first_embeddings(pipe, reservoir, config):
+        for ids, mask, counts, target in batches():
             hidden = first(call_encoder(student.encoder, ids, mask)[counts])
             sums += hidden.T @ torch.cat([hidden, target], 1)
     gram, cross = reduce(sums).to("cpu", torch.float64).tensor_split([last.in_features], 1)
     gram.diagonal().add_(0.001 * gram.diagonal().mean())
     last.weight.copy_(torch.linalg.solve(gram, cross).T)
-
-
-def _first_embeddings(
-    pipe: Any, reservoir: TrajectoryReservoir, config: DistillConfig
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
-    """The first 2,048 prompts of a run, by batch.
-
-    Yields:
-        Ids and mask, (B, S); (B, S) bool, which of these tokens count; and the teacher's embeddings
-        of those N, (N, D) float32.
-    """
-    device, teacher = torch.device(pipe._execution_device), reservoir.teacher
-    steps = range(min(math.ceil(2048 / reservoir.together), config.max_steps))
-    for step in tqdm(steps, "fit to the teacher", leave=False):
-        for prompts in reservoir.batches(step, denoiser=False):
-            assert isinstance(prompts, list)
-            ids, mask = teacher.tokens(prompts, device)
-            counts = torch.ones_like(ids) if mask is None else mask
-            target = teacher.get(teacher_of(pipe), prompts, device).float()
-            yield ids, mask, counts.bool(), target[counts.bool()]

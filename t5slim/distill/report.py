@@ -21,7 +21,6 @@ from .. import __version__
 from ..encoder import SlimT5Encoder
 from ..errors import ConfigError, DistillError
 from ..hub import read_json, write_atomic
-from ..table import Table
 from .config import DistillConfig
 from .metrics import GapReport
 from .pipeline import denoisers, teacher_of, tensor_sha256
@@ -36,7 +35,7 @@ _SAVED = {"architectures", "dtype", "transformers_version"}  # what a save adds 
 
 
 @dataclass(repr=False)
-class DistillResult(Table):
+class DistillResult:
     """The outcome of a distillation; `print(result)` shows its numbers.
 
     Attributes:
@@ -82,10 +81,10 @@ class DistillResult(Table):
         self.history.append({name: value for name, value in entry.items() if value is not None})
         return self.history[-1]
 
-    def _rows(self) -> list[tuple[str, Any]]:
+    def __repr__(self) -> str:
         shown = {name: round(n, 5) for name, n in self.numbers().items() if n is not None}
         shown |= {"gap": self.report} if self.report else {}
-        return list(shown.items())
+        return "\n".join(f"{name:<15}  {value}" for name, value in shown.items())
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

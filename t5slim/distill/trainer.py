@@ -27,7 +27,7 @@ from . import pipeline, report
 from .checkpoint import TrainingState, interruptible, locked, master_weights
 from .config import DistillConfig
 from .metrics import VelocityGap, check_student
-from .objective import Objective, fit_projection, start_from_means
+from .objective import Objective, start_from_teacher
 from .prompts import Prompts, PromptSource
 from .reservoir import TrajectoryReservoir
 
@@ -61,8 +61,8 @@ def train(
     Args:
         pipe: A pipeline with a T5 in its text slot, on the device to train on, that of the process.
         student: With the vocabulary of that T5 and its output width. Trained in place; one from
-            `SlimT5Encoder.from_t5` first gets its projection by `fit_projection`. A config: a new
-            student, which begins by `start_from_means`.
+            `SlimT5Encoder.from_t5` begins with its projection fitted to the teacher. Or a config,
+            for a new student: see `start_from_teacher`.
         prompts: A list, or a file with one prompt on each line; or see `t5slim.distill.prompts`.
         config: The settings; `DistillConfig.paper()` has those of the paper.
         pipeline_kwargs: How to call the pipeline: `height`, `width`, `num_inference_steps`,
@@ -163,10 +163,8 @@ def train(
             new = TrajectoryReservoir(pipe, source, config, **common, teacher=reservoir.teacher)
             objective = Objective(pipe, new if result.steps else reservoir, config)
             del new  # its trajectories would stay in memory beside those of the run
-        if result.steps == 0 and fresh:
-            start_from_means(pipe, student, reservoir, config)
         if result.steps == 0 and (fresh or not student.final_projection[-1].weight.any()):
-            fit_projection(pipe, student, reservoir, config)
+            start_from_teacher(pipe, student, reservoir, config, fresh=fresh)
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         scheduler = get_scheduler(  # not prepared: accelerate would step it once for each process
@@ -281,9 +279,6 @@ def check_launch(config: DistillConfig) -> None:
     """Refuse a launch that would train otherwise than the config says.
 
     Before the first Accelerator of a process, which keeps what it finds in the environment.
-
-    Raises:
-        DistillError: Another precision, a dynamo backend, or a student that would be sharded.
     """
     kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
     allowed = {f"ACCELERATE_USE_{kind}": "false" for kind in kinds}

@@ -157,8 +157,7 @@ def comparable(name: str, changes: dict[str, Any]) -> DistillResult:
     student = tiny_student(pipe, dropout_rate=0.0)
     if changes.pop("sharded", False):
         shard(pipe.transformer)
-    if changes.pop("fresh", False):
-        student = student.config
+    student = student.config if changes.pop("fresh", False) else student
     changes = {"eval_every": 2, "eval_prompts": PROMPTS[:1], "reservoir_size": 16} | changes
     return run(pipe, student, PROMPTS, **changes)
 
