@@ -1,4 +1,4 @@
-r"""Distil a student for the miniature pipeline, from a fresh start, through its frozen denoiser.
+r"""Distil a new student for the miniature pipeline, through its frozen denoiser.
 
     python examples/distill/distill_shapes.py --out my-student
     python examples/quickstart/quickstart.py --student my-student
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from t5slim.distill import DistillConfig, train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shapes_world.generation import CALL, PIPELINE, captions, load_pipeline
-from shapes_world.students import fresh_student, settings
+from shapes_world.students import settings, student_config
 
 
 def main() -> None:
@@ -38,10 +39,10 @@ def main() -> None:
     pipe = load_pipeline(args.pipeline)
     if args.start:
         # Slowly: at its first rate a finished student would lose what it knows.
-        student = SlimT5Encoder.from_pretrained(args.start, dtype=torch.float32)
+        student: Any = SlimT5Encoder.from_pretrained(args.start, dtype=torch.float32)
         config = settings(objective="velocity", learning_rate=1e-4, max_steps=args.updates)
     else:
-        student, config = fresh_student(), settings(max_steps=args.updates)
+        student, config = student_config(), settings(max_steps=args.updates)
     result = train(
         pipe,
         student,

@@ -13,20 +13,22 @@ from t5slim.distill import DistillConfig
 from .generation import BF16
 
 
-def fresh_student(seed: int = 0, **shape: int) -> SlimT5Encoder:
-    """A student with random weights. By default 262,000 parameters, 1/21 of the teacher's, of which
-    a third are embeddings."""
-    torch.manual_seed(seed)
+def student_config(**shape: int) -> SlimT5Config:
+    """By default of 262,000 parameters, 1/21 of the teacher's, of which a third are embeddings."""
     sizes = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2} | shape
-    return SlimT5Encoder(
-        SlimT5Config(
-            vocab_size=1536,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,  # too small to learn so many prompts by heart
-            project_out_dim=256,
-            **sizes,
-        )
+    return SlimT5Config(
+        vocab_size=1536,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,  # too small to learn so many prompts by heart
+        project_out_dim=256,
+        **sizes,
     )
+
+
+def fresh_student(seed: int = 0, **shape: int) -> SlimT5Encoder:
+    """A student with random weights, for `train` to take them as they are."""
+    torch.manual_seed(seed)
+    return SlimT5Encoder(student_config(**shape))
 
 
 def settings(**changes: Any) -> DistillConfig:

@@ -186,21 +186,21 @@ def start_from_teacher(
 ) -> None:
     r"""Fit a student that is to be trained to the teacher's embeddings, in closed form.
 
-    The last layer of its projection by ridge regression,
+    The last layer of its projection is fitted by ridge regression,
     $W = \arg\min \sum_t \|e_t - W h_t\|^2 + \lambda \|W\|^2$, with e the teacher's embedding of a
-    token, h what the layer takes for it, and $\lambda$ 0.1% of the mean $\sum_t h_i^2$: where
+    token, h what the layer takes for it, and $\lambda$ 1% of the mean $\sum_t h_i^2$: about where
     `embedding_loss` would bring this layer by itself.
 
-    A `fresh` student, whose weights are random, first becomes a table: its token embeddings are the
-    means of the teacher's embeddings of each token, in their `d_model` principal components. Its
-    layers add nothing yet, as the last matrix of each is zero.
+    A `fresh` student, whose weights are random, becomes a table instead: its token embeddings are
+    the means of the teacher's embeddings of each token, in their principal components, and its
+    projection undoes that. Its layers add nothing yet, as the last matrix of each is zero.
 
     Args:
         pipe: The pipeline with the teacher.
         student: In float32, on the pipeline's device; changed in place.
         reservoir: Of this process; the prompts of its first updates count, 2,048 in all.
         config: The settings of both.
-        fresh: Whether the encoder's weights, too, are to be replaced.
+        fresh: Whether all of its weights are random.
     """
     device, teacher = torch.device(pipe._execution_device), reservoir.teacher
     steps = range(min(math.ceil(2048 / reservoir.together), config.max_steps))
@@ -211,30 +211,45 @@ def start_from_teacher(
             for prompts in reservoir.batches(step, denoiser=False):
                 assert isinstance(prompts, list)
                 ids, mask = teacher.tokens(prompts, device)
-                counts = (torch.ones_like(ids) if mask is None else mask).bool()
                 target = teacher.get(teacher_of(pipe), prompts, device)
+                counts = (torch.ones_like(ids) if mask is None else mask).bool()
+                counts &= target.isfinite().all(-1)
                 yield ids, mask, counts, target[counts].float()
 
-    first, last = student.final_projection[:-1], student.final_projection[-1]
-    if fresh:
-        table = student.encoder.get_input_embeddings().weight.zero_()
-        sums = table.new_zeros(len(table), last.out_features + 1)
-        for ids, _, counts, target in batches():
-            sums.index_add_(0, ids[counts], F.pad(target, (0, 1), value=1.0))  # and their number
-        sums, number = reduce(sums).to("cpu", torch.float64).tensor_split([-1], 1)
-        known = sums[number[:, 0] > 0] / number[number > 0][:, None]
-        means = torch.where(number > 0, sums / number, known.mean(0))
-        _, components = torch.linalg.eigh(known.T @ known)  # the largest come last
-        reduced = means @ components[:, -table.shape[1] :]
-        table[:, : reduced.shape[1]] = reduced / reduced.square().mean().sqrt()
-        for name, weight in student.encoder.named_parameters():
-            if name.endswith((".o.weight", ".wo.weight")):
-                weight.zero_()
-    sums = last.weight.new_zeros(last.in_features, last.in_features + last.out_features)
-    with evaluating(student):
-        for ids, mask, counts, target in batches():
-            hidden = first(call_encoder(student.encoder, ids, mask)[counts])
-            sums += hidden.T @ torch.cat([hidden, target], 1)
-    gram, cross = reduce(sums).to("cpu", torch.float64).tensor_split([last.in_features], 1)
-    gram.diagonal().add_(0.001 * gram.diagonal().mean())
-    last.weight.copy_(torch.linalg.solve(gram, cross).T)
+    table, projection = student.encoder.get_input_embeddings().weight, student.final_projection
+    first, last = projection[0].weight, projection[-1].weight
+    if not fresh:
+        sums = last.new_zeros(len(first), len(first) + len(last))
+        with evaluating(student):
+            for ids, mask, counts, target in batches():
+                hidden = projection[:-1](call_encoder(student.encoder, ids, mask)[counts])
+                sums += hidden.T @ torch.cat([hidden, target], 1)
+        gram, cross = reduce(sums).to("cpu", torch.float64).tensor_split([len(first)], 1)
+        gram.diagonal().div_(1 - student.config.dropout_rate)  # as dropout before it does
+        gram.diagonal().add_(0.01 * gram.diagonal().mean())
+        last.copy_(torch.linalg.solve(gram, cross).T)
+        return
+    sums = table.new_zeros(len(table), len(last) + 1)
+    for ids, _, counts, target in batches():
+        sums.index_add_(0, ids[counts], F.pad(target, (0, 1), value=1.0))  # and their number
+    sums = reduce(sums).cpu()
+    seen = sums[:, -1] > 0
+    means = (sums[seen, :-1] / sums[seen, -1:]).double()
+    width = min(table.shape[1], len(first) // 2)
+    # The largest eigenvalues come last.
+    components = torch.linalg.eigh(means.T @ means).eigenvectors[:, 1 - width :]
+    reduced = (means.mean(0) @ components).repeat(len(table), 1)  # of tokens in no prompt
+    reduced[seen] = means @ components
+    # T5's last norm divides an embedding by its length: one channel makes all equally long.
+    squares = reduced.square().sum(1, keepdim=True)
+    scale = (squares.max() / table.shape[1]).sqrt()
+    table.zero_()[:, :width] = torch.cat([reduced, (squares.max() - squares).sqrt()], 1) / scale
+    student.encoder.encoder.final_layer_norm.weight.fill_(1)
+    # ReLU(x) - ReLU(-x) = x. The last layer doesn't read the other channels yet.
+    identity = F.pad(torch.eye(width), (0, table.shape[1] - width))
+    first[: 2 * width] = torch.cat([identity, -identity])
+    back = F.pad(components * scale, (0, 1))
+    last.zero_()[:, : 2 * width] = torch.cat([back, -back], 1)
+    for name, weight in student.encoder.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            weight.zero_()

@@ -39,7 +39,7 @@ class DistillResult:
     """The outcome of a distillation; `print(result)` shows its numbers.
 
     Attributes:
-        student: The student that was passed, trained: EMA weights, in its dtype, in eval mode.
+        student: The one that was passed or made, trained: EMA weights, in its dtype, in eval mode.
         output_dir: Where it was saved, with the files of the run; None: nowhere.
         report: The last velocity gap by prompt and denoiser call; None without `eval_prompts`.
         history: An entry for each evaluation, as in the file `history.jsonl`.
@@ -167,6 +167,8 @@ def _content(value: Any) -> Any:
     Of a function or class, that is its name; so a lambda, or what is local to a function, has none.
     """
     match value:
+        case Mapping():
+            return dict(value)
         case Set():
             return sorted(json.dumps(item, default=_content) for item in value)
         case bytes() | bytearray():

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
+from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from diffusers.optimization import get_scheduler
 from huggingface_hub import HfApi
 from PIL import Image
@@ -98,7 +100,7 @@ def train(
     if fresh := isinstance(student, SlimT5Config):
         with torch.inference_mode(False), torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(config.seed)
-            student = SlimT5Encoder(student)
+            student = SlimT5Encoder(deepcopy(student))
     _check_trainable(pipe, student, config)
     kwargs = pipeline.check_pipeline_kwargs(pipe, pipeline_kwargs)
     folder = None if output_dir is None else Path(local_path(output_dir))
@@ -165,6 +167,8 @@ def train(
             del new  # its trajectories would stay in memory beside those of the run
         if result.steps == 0 and (fresh or not student.final_projection[-1].weight.any()):
             start_from_teacher(pipe, student, reservoir, config, fresh=fresh)
+            for parameter in student.parameters():  # processes may round otherwise
+                broadcast(parameter.data)
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         scheduler = get_scheduler(  # not prepared: accelerate would step it once for each process
@@ -259,7 +263,8 @@ def _check_trainable(pipe: Any, student: Any, config: DistillConfig) -> None:
     """Refuse a student that can't learn, or can't from this pipeline."""
     if not isinstance(student, SlimT5Encoder):
         raise DistillError(
-            f"student is a {type(student).__name__}; expected one SlimT5Encoder, compiled in place."
+            f"student is a {type(student).__name__}; expected one SlimT5Encoder, compiled in place,"
+            " or a SlimT5Config for a new one."
         )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistillError("The student has no weights to train: all are frozen.")
