@@ -104,31 +104,18 @@ def test_the_objective_is_the_weighted_sum_of_its_losses(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart_sigma"])
-def test_a_student_can_start_from_the_teachers_embeddings(name: str) -> None:
-    """With the best last layer; or with the means of each token, whatever stands beside it."""
+def test_a_new_student_says_the_mean_of_each_token_whatever_stands_beside_it(name: str) -> None:
     pipe, config = TINY_PIPELINES[name](), quick(max_steps=8, prompt_dropout=0.0)
     reservoir = TrajectoryReservoir(pipe, PROMPTS, config, pipeline_kwargs=call_kwargs(pipe))
     prompts: Any = [p for step in range(8) for p in next(reservoir.batches(step, denoiser=False))]
     ids, mask = reservoir.teacher.tokens(prompts, pipe.device)
     counts = torch.ones_like(ids).bool() if mask is None else mask.bool()
     target = reservoir.teacher.get(teacher_of(pipe), prompts, pipe.device)[counts]
-
-    def error(student: Any) -> torch.Tensor:
-        return (student(ids, attention_mask=mask)[0][counts] - target).square().sum()
-
-    student = tiny_student(pipe, dropout_rate=0.0).eval()
-    first, weight = student.final_projection[:-1], student.final_projection[-1].weight
+    student = tiny_student(pipe, d_model=12, initializer_factor=0.5).eval()
     start_from_teacher(pipe, student, reservoir, config)
-    hidden = first(student.encoder(ids, attention_mask=mask)[0][counts]).detach()
-    (error(student) + 0.01 * hidden.square().sum(0).mean() * weight.square().sum()).backward()
-    torch.testing.assert_close(weight.grad, torch.zeros_like(weight), rtol=0, atol=1e-2)
-
-    student = tiny_student(pipe, d_model=12).eval()
-    start_from_teacher(pipe, student, reservoir, config, fresh=True)
     token = torch.nn.functional.one_hot(ids[counts]).float()
     means = token.T @ target / token.sum(0)[:, None]
     U, S, Vh = torch.linalg.svd(means[token.any(0)], full_matrices=False)
-    expected = torch.zeros_like(means)
-    expected[token.any(0)] = (U * S)[:, :11] @ Vh[:11]
+    means[token.any(0)] = (U * S)[:, :11] @ Vh[:11]
     got = student(ids, attention_mask=mask)[0][counts]
-    torch.testing.assert_close(got, token @ expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got, means[ids[counts]], rtol=1e-3, atol=1e-3)

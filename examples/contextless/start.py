@@ -82,7 +82,7 @@ def main() -> None:
         student = fresh_student(run.seed).to(pipe.device)
         if run.start == "teacher":
             new = TrajectoryReservoir(pipe, prompts, replace(config, seed=run.seed), **common)
-            start_from_teacher(pipe, student, new, config, fresh=True)
+            start_from_teacher(pipe, student, new, config)
         return student
 
     with frozen(pipe, config.gradient_checkpointing):

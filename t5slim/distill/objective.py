@@ -1,10 +1,10 @@
-"""The losses of a distillation, their weighted sum, and the fit that a student starts from.
+"""The losses of a distillation, their weighted sum, and the start of a student.
 
 B samples, T text tokens, D channels of the teacher's embeddings.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
 from .config import DistillConfig
-from .pipeline import autocast_denoisers, call_encoder, evaluating, teacher_of
+from .pipeline import autocast_denoisers, teacher_of
 from .replay import predictions
 from .reservoir import Batch, TrajectoryReservoir
 from .teacher import encode_prompts
@@ -177,61 +177,33 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
 
 @torch.no_grad()
 def start_from_teacher(
-    pipe: Any,
-    student: SlimT5Encoder,
-    reservoir: TrajectoryReservoir,
-    config: DistillConfig,
-    *,
-    fresh: bool = False,
+    pipe: Any, student: SlimT5Encoder, reservoir: TrajectoryReservoir, config: DistillConfig
 ) -> None:
-    r"""Fit a student that is to be trained to the teacher's embeddings, in closed form.
+    """Let a student with random weights begin as a table of the teacher's mean embeddings.
 
-    The last layer of its projection is fitted by ridge regression,
-    $W = \arg\min \sum_t \|e_t - W h_t\|^2 + \lambda \|W\|^2$, with e the teacher's embedding of a
-    token, h what the layer takes for it, and $\lambda$ 1% of the mean $\sum_t h_i^2$: about where
-    `embedding_loss` would bring this layer by itself.
-
-    A `fresh` student, whose weights are random, becomes a table instead: its token embeddings are
-    the means of the teacher's embeddings of each token, in their principal components, and its
-    projection undoes that. Its layers add nothing yet, as the last matrix of each is zero.
+    Its token embeddings are the means of the teacher's embeddings of each token, in their principal
+    components, and its projection undoes that. Its layers add nothing yet: the last matrix of each
+    is zero.
 
     Args:
         pipe: The pipeline with the teacher.
         student: In float32, on the pipeline's device; changed in place.
         reservoir: Of this process; the prompts of its first updates count, 2,048 in all.
         config: The settings of both.
-        fresh: Whether all of its weights are random.
     """
     device, teacher = torch.device(pipe._execution_device), reservoir.teacher
-    steps = range(min(math.ceil(2048 / reservoir.together), config.max_steps))
-
-    def batches() -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
-        """Ids, mask and which tokens count, (B, S); the teacher's embeddings of these, (N, D)."""
-        for step in tqdm(steps, "fit to the teacher", leave=False):
-            for prompts in reservoir.batches(step, denoiser=False):
-                assert isinstance(prompts, list)
-                ids, mask = teacher.tokens(prompts, device)
-                target = teacher.get(teacher_of(pipe), prompts, device)
-                counts = (torch.ones_like(ids) if mask is None else mask).bool()
-                counts &= target.isfinite().all(-1)
-                yield ids, mask, counts, target[counts].float()
-
-    table, projection = student.encoder.get_input_embeddings().weight, student.final_projection
-    first, last = projection[0].weight, projection[-1].weight
-    if not fresh:
-        sums = last.new_zeros(len(first), len(first) + len(last))
-        with evaluating(student):
-            for ids, mask, counts, target in batches():
-                hidden = projection[:-1](call_encoder(student.encoder, ids, mask)[counts])
-                sums += hidden.T @ torch.cat([hidden, target], 1)
-        gram, cross = reduce(sums).to("cpu", torch.float64).tensor_split([len(first)], 1)
-        gram.diagonal().div_(1 - student.config.dropout_rate)  # as dropout before it does
-        gram.diagonal().add_(0.01 * gram.diagonal().mean())
-        last.copy_(torch.linalg.solve(gram, cross).T)
-        return
+    table = student.encoder.get_input_embeddings().weight
+    first, last = (student.final_projection[i].weight for i in (0, -1))
     sums = table.new_zeros(len(table), len(last) + 1)
-    for ids, _, counts, target in batches():
-        sums.index_add_(0, ids[counts], F.pad(target, (0, 1), value=1.0))  # and their number
+    steps = range(min(math.ceil(2048 / reservoir.together), config.max_steps))
+    for step in tqdm(steps, "average the teacher's embeddings", leave=False):
+        for prompts in reservoir.batches(step, denoiser=False):
+            assert isinstance(prompts, list)
+            ids, mask = teacher.tokens(prompts, device)
+            target = teacher.get(teacher_of(pipe), prompts, device).float()
+            counts = (torch.ones_like(ids) if mask is None else mask).bool()
+            counts &= target.isfinite().all(-1)
+            sums.index_add_(0, ids[counts], F.pad(target[counts], (0, 1), value=1.0))  # a count
     sums = reduce(sums).cpu()
     seen = sums[:, -1] > 0
     means = (sums[seen, :-1] / sums[seen, -1:]).double()

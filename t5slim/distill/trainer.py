@@ -62,9 +62,8 @@ def train(
 
     Args:
         pipe: A pipeline with a T5 in its text slot, on the device to train on, that of the process.
-        student: With the vocabulary of that T5 and its output width. Trained in place; one from
-            `SlimT5Encoder.from_t5` begins with its projection fitted to the teacher. Or a config,
-            for a new student: see `start_from_teacher`.
+        student: With the vocabulary of that T5 and its output width. Trained in place. Or a
+            config, for a new student that begins as in `start_from_teacher`.
         prompts: A list, or a file with one prompt on each line; or see `t5slim.distill.prompts`.
         config: The settings; `DistillConfig.paper()` has those of the paper.
         pipeline_kwargs: How to call the pipeline: `height`, `width`, `num_inference_steps`,
@@ -165,8 +164,8 @@ def train(
             new = TrajectoryReservoir(pipe, source, config, **common, teacher=reservoir.teacher)
             objective = Objective(pipe, new if result.steps else reservoir, config)
             del new  # its trajectories would stay in memory beside those of the run
-        if result.steps == 0 and (fresh or not student.final_projection[-1].weight.any()):
-            start_from_teacher(pipe, student, reservoir, config, fresh=fresh)
+        if result.steps == 0 and fresh:
+            start_from_teacher(pipe, student, reservoir, config)
             for parameter in student.parameters():  # processes may round otherwise
                 broadcast(parameter.data)
         for group in optim.param_groups:
