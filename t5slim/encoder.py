@@ -265,8 +265,8 @@ class SlimT5Encoder(T5PreTrainedModel):
     ) -> "SlimT5Encoder":
         """Make a student to be trained: a pretrained T5's encoder and a fresh projection.
 
-        The projection's last layer begins at zero, with which training gets much farther. Of a
-        whole T5, only the encoder's tensors are read into memory.
+        The projection's last layer is zero, from which training takes fewer updates than from
+        random weights. Of a whole T5, only the encoder's tensors are read into memory.
 
         Args:
             name_or_path: Folder or Hub id of a T5, Flan-T5, mT5 or UMT5 with the vocabulary of the
