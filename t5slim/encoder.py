@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, T5Config, UMT5EncoderModel
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for it in this module
@@ -345,7 +345,10 @@ class SlimT5Encoder(T5PreTrainedModel):
             for file in files:
                 shutil.copy(file, folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if not api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")):
+            url = hf_hub_url(repo_id, "README.md", revision=kwargs.get("revision"))
+            try:
+                api.get_hf_file_metadata(url=url)
+            except RemoteEntryNotFoundError:  # not `file_exists`, for which a 401 is no card, too
                 hub.model_card(self, repo_id, notes, metadata).save(Path(folder, "README.md"))
             kwargs = {"commit_message": "Upload a t5slim student"} | kwargs
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)

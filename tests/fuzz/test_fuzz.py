@@ -105,7 +105,6 @@ LINES = ["student: " + "[" * 5000, "x: " + '{"a": ' * 5000, "? [a, b]\n: c", "x:
 LINES += ["seed: 0o9", "x: 2024-13-45", "<<: {max_steps: 3}", "prompts: !!omap [a: 1]"]
 LINES += ["student: !!python/object/apply:os.mkdir [ran]", "student: !x y", "student: !!set {a}"]
 LINES += ["prompts: !!binary =", "output_dir: !!timestamp x", "seed: !!int x", "resume: !!bool x"]
-LINES += ["b0: &b0 x\n" + "".join(f"b{i}: &b{i} [{f'*b{i - 1}, ' * 9}]\n" for i in range(1, 9))]
 
 
 def run_files(folder: Path) -> Kind:
