@@ -168,9 +168,9 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             noise = randn_tensor(prediction.shape, generators, device, torch.float32)
             for gradient in torch.autograd.grad((prediction.float() * noise).sum(), leaves):
-                rows = gradient.float().flatten(0, 1)
-                total = total + rows.T @ rows / prediction[0].numel()
-                tokens += rows.any(1).sum()  # without those that a mask hides
+                of_tokens = gradient.float().flatten(0, 1)
+                total = total + of_tokens.T @ of_tokens / prediction[0].numel()
+                tokens += of_tokens.any(1).sum()  # without those that a mask hides
     fisher = total / tokens.clamp(min=1)
     return fisher + 0.01 * fisher.diagonal().mean() * torch.eye(len(fisher), device=device)
 
