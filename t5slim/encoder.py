@@ -348,7 +348,7 @@ class SlimT5Encoder(T5PreTrainedModel):
             url = hf_hub_url(repo_id, "README.md", revision=kwargs.get("revision"))
             try:
                 api.get_hf_file_metadata(url=url)
-            except RemoteEntryNotFoundError:  # not `file_exists`, for which a 401 is no card, too
+            except RemoteEntryNotFoundError:  # `file_exists` would take a 401 for it as well
                 hub.model_card(self, repo_id, notes, metadata).save(Path(folder, "README.md"))
             kwargs = {"commit_message": "Upload a t5slim student"} | kwargs
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)

@@ -26,8 +26,8 @@ _FAILURES = (errors.HFValidationError, errors.HTTPError, OSError)
 def hub_errors(what: str, *, loading: bool = False) -> Iterator[None]:
     """Turn every failure to read or write a folder or Hub id into a HubAccessError.
 
-    Other errors pass; or, if they come as complete files are `loading`, one of these is damaged,
-    and they become a CheckpointError.
+    Other errors pass. But while files are `loading` that are known to be complete, any other error
+    means that one of them is damaged, and becomes a CheckpointError.
     """
     try:
         yield

@@ -177,7 +177,7 @@ def check_fit(config: Any, slot: TextSlot) -> None:
 
 
 def _wrong_vocabulary(config: Any, slot: TextSlot) -> str:
-    """What is wrong with an encoder of another vocabulary than the tokenizer's; else empty."""
+    """How an encoder's vocabulary differs from the tokenizer's, as text; empty if it doesn't."""
     tokenizer = slot.tokenizer
     # With or without the tokens that a textual inversion added, and rounded up, as T5's embeddings
     # are padded to a multiple of 128: 32,128 for 32,100 tokens.

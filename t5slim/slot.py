@@ -51,6 +51,7 @@ class TextSlot:
         cls: The class.
         name: Of the component, such as `text_encoder_2`.
         tokenizer_name: Of the component that makes its ids, such as `tokenizer_2`.
+        modular: Whether it is one of diffusers' modular pipelines.
         register: The pipeline's method that takes a new component.
 
     Raises:
@@ -60,8 +61,8 @@ class TextSlot:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.cls = pipe if isinstance(pipe, type) else type(pipe)
-        modular = hasattr(pipe, "update_components")
-        self.register = "update_components" if modular else "register_modules"
+        self.modular = hasattr(pipe, "update_components")
+        self.register = "update_components" if self.modular else "register_modules"
         if not hasattr(pipe, self.register):
             raise NoT5SlotError(f"expected a diffusers pipeline; got {self.cls.__name__}.")
         for name, declared in self.component_types().items():
@@ -148,7 +149,7 @@ class TextSlot:
 
     def _register(self, module: nn.Module | None) -> None:
         pipe, name, old = self.pipe, self.name, self.encoder
-        if self.register == "update_components":  # a components manager would keep the original
+        if self.modular:  # a components manager would keep the original
             pipe.unload_components(name)
         # Not `setattr`: if the slot was None, model_index.json would go on to say [null, null].
         getattr(pipe, self.register)(**{name: module})

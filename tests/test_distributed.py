@@ -40,8 +40,9 @@ def test_splits_teach_the_same(name: str, changes: dict[str, Any], splits: list[
     assert len(expected) == changes["max_steps"] / 2 and expected[-1] < expected[0]
     for split in splits:
         other = result_of(name, **changes | SPLITS[split])
-        # These losses are small: 3e-5 of the largest. The fit of a new student rounds, too.
-        assert losses(other) == pytest.approx(expected, rel=0, abs=3e-5 * max(expected)), split
+        # These losses are small: 1e-5 of the largest, 3e-5 where a new student's start rounds, too.
+        close = (3e-5 if "fresh" in changes else 1e-5) * max(expected)
+        assert losses(other) == pytest.approx(expected, rel=0, abs=close), split
         assert other.gap == pytest.approx(whole.gap, rel=1e-4)
         for count in ("teacher_samples", "student_samples"):
             assert getattr(other, count) == getattr(whole, count)

@@ -321,9 +321,6 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     SlimT5Encoder.from_pretrained(tmp_path / "run")
 
 
-PARALLEL = ParallelismConfig()
-
-
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Accelerate reads the environment once for a process: here, once for a test."""
@@ -334,7 +331,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 
 @pytest.mark.parametrize(
     "variable, value",
-    [("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "INDUCTOR"), ("USE_FSDP", "true")],
+    [
+        ("MIXED_PRECISION", "bf16"),
+        ("DYNAMO_BACKEND", "INDUCTOR"),
+        ("USE_FSDP", "true"),
+        ("USE_PARALLELISM_CONFIG", "true"),
+    ],
 )
 def test_a_launch_with_other_settings_is_refused(
     variable: str, value: str, environment: Any
@@ -347,7 +349,12 @@ def test_a_launch_with_other_settings_is_refused(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"mixed_precision": "fp16", "dynamo_backend": "eager"}, {"parallelism_config": PARALLEL}],
+    [
+        {"mixed_precision": "fp16"},
+        {"dynamo_backend": "eager"},
+        {"parallelism_config": ParallelismConfig()},
+    ],
+    ids=str,
 )
 def test_an_earlier_accelerator_changes_nothing(settings: Any, environment: Any) -> None:
     changes = {"gradient_accumulation_steps": 2, "batch_size": 2, "mixed_precision": "bf16"}

@@ -14,7 +14,7 @@ from .generation import BF16
 
 
 def student_config(**shape: int) -> SlimT5Config:
-    """By default of 262,000 parameters, 1/21 of the teacher's, of which a third are embeddings."""
+    """By default 262,000 parameters, 1/21 of the teacher's, of which a third are embeddings."""
     sizes = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2} | shape
     return SlimT5Config(
         vocab_size=1536,
@@ -26,7 +26,7 @@ def student_config(**shape: int) -> SlimT5Config:
 
 
 def fresh_student(seed: int = 0, **shape: int) -> SlimT5Encoder:
-    """A student with random weights, for `train` to take them as they are."""
+    """A student with random weights, from which `train` starts as they are."""
     torch.manual_seed(seed)
     return SlimT5Encoder(student_config(**shape))
 

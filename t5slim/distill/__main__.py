@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Namespace, DistillConfig, st
 
 
 def load_student(source: dict[str, Any], seed: int) -> SlimT5Encoder | SlimT5Config:
-    """The student of a mapping, or the config of a new one; the seed is that of a projection."""
+    """The student that a mapping describes; of a preset, its config. The seed is for `from_t5`."""
     torch.manual_seed(seed)
     try:
         match source:

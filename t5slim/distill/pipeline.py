@@ -43,7 +43,7 @@ def denoisers(pipe: Any) -> dict[str, Any]:
 def teacher_of(pipe: Any) -> Any:
     """The T5 in the pipeline's text slot; a DistillError without one, or if it is modular."""
     slot = TextSlot(pipe)
-    if slot.register == "update_components":
+    if slot.modular:
         raise DistillError(
             f"{slot.cls.__name__} is a modular pipeline: build a FluxPipeline(vae=pipe.vae, ...)."
         )

@@ -162,7 +162,7 @@ def check_output_dir(folder: Path, resume: bool, facts: Mapping[str, Any]) -> No
 
 
 def _content(value: Any) -> Any:
-    """What JSON has instead of a value: its content or the SHA-256 of that, alike in each process.
+    """A value's content, or the SHA-256 of it, for `json.dumps`: the same in every process.
 
     Of a function or class, that is its name; so a lambda, or what is local to a function, has none.
     """

@@ -166,8 +166,7 @@ def train(
             del new  # its trajectories would stay in memory beside those of the run
         if result.steps == 0 and fresh:
             start_from_teacher(pipe, student, reservoir, config)
-            for parameter in student.parameters():  # processes may round otherwise
-                broadcast(parameter.data)
+            broadcast(student.state_dict())  # in place: processes may round otherwise
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         scheduler = get_scheduler(  # not prepared: accelerate would step it once for each process
