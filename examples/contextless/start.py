@@ -6,7 +6,7 @@ Students of both starts learn from the same batches, once with the denoiser's Fi
 once by naive embedding matching:
 
 - random: T5's own initialization.
-- teacher: `start_from_teacher`, as `t5slim.distill.train` begins with a new student. The student
+- teacher: `Objective.initialize`, as `t5slim.distill.train` begins with a new student. The student
   says each token's mean teacher embedding, and its layers add nothing yet.
 """
 
@@ -29,7 +29,6 @@ from t5slim.distill import (
     Objective,
     TrajectoryReservoir,
     VelocityGap,
-    start_from_teacher,
 )
 from t5slim.distill.pipeline import frozen
 
@@ -82,7 +81,7 @@ def main() -> None:
         student = fresh_student(run.seed).to(pipe.device)
         if run.start == "teacher":
             new = TrajectoryReservoir(pipe, prompts, replace(config, seed=run.seed), **common)
-            start_from_teacher(pipe, student, new, config)
+            objective.initialize(student, new)
         return student
 
     with frozen(pipe, config.gradient_checkpointing):

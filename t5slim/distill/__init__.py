@@ -5,7 +5,7 @@
 
 from .config import DistillConfig
 from .metrics import VelocityGap, velocity_gap
-from .objective import Objective, start_from_teacher
+from .objective import Objective
 from .prompts import generate_prompts, split_held_out
 from .report import DistillResult
 from .reservoir import TrajectoryReservoir
@@ -25,7 +25,6 @@ __all__ = [
     "capture",
     "generate_prompts",
     "split_held_out",
-    "start_from_teacher",
     "train",
     "velocity_gap",
 ]

@@ -35,10 +35,10 @@ class Objective:
     def __init__(self, pipe: Any, reservoir: TrajectoryReservoir, config: DistillConfig) -> None:
         self._pipe, self._teacher, self._config = pipe, reservoir.teacher, config
         self._device = torch.device(pipe._execution_device)
-        self._metrics: dict[str, Tensor | None] = {"embedding": None}
+        self._fisher: Tensor | None = None
         if "fisher" in config.objective:
             fisher = fisher_information(pipe, reservoir, config)
-            self._metrics["fisher"] = reduce(fisher, "mean")  # of all processes
+            self._fisher = reduce(fisher, "mean")  # of all processes
 
     def __call__(
         self, student: Callable[..., Any], batch: Batch, weights: Mapping[str, float]
@@ -67,13 +67,64 @@ class Objective:
             with autocast_denoisers(self._pipe, self._config.autocast_dtype):
                 (prediction,) = predictions(self._pipe, [batch], embeddings_of)
             losses["velocity"] = velocity_loss(prediction, batch.target)
-        if by_embedding := [name for name in weights if name in self._metrics]:
+        if by_embedding := weights.keys() - {"velocity"}:
             embeddings = embeddings_of(prompts)
             _, mask = self._teacher.tokens(prompts, self._device)
             target = self._teacher.get(teacher_of(self._pipe), prompts, self._device)
             for name in by_embedding:
-                losses[name] = embedding_loss(embeddings, target, mask, self._metrics[name])
+                metric = self._fisher if name == "fisher" else None
+                losses[name] = embedding_loss(embeddings, target, mask, metric)
         return torch.stack([weights[name] * losses[name].mean() for name in weights]).sum()
+
+    @torch.no_grad()
+    def initialize(self, student: SlimT5Encoder, reservoir: TrajectoryReservoir) -> None:
+        """Let a student with random weights begin as a table of the teacher's mean embeddings.
+
+        Its token embeddings are the means of the teacher's embeddings of each token, reduced to
+        their principal components as the denoiser sees them (by `fisher`, if it is in the
+        objective), and its projection undoes that. Its layers add nothing yet: the last matrix of
+        each is zero.
+
+        Args:
+            student: In float32, on the pipeline's device; changed in place.
+            reservoir: Of this process; the prompts of its first updates count, 2,048 in all.
+        """
+        table = student.encoder.get_input_embeddings().weight
+        first, last = (student.final_projection[i].weight for i in (0, -1))
+        sums = table.new_zeros(len(table), len(last) + 1)
+        steps = range(min(math.ceil(2048 / reservoir.together), self._config.max_steps))
+        for step in tqdm(steps, "average the teacher's embeddings", leave=False):
+            for prompts in reservoir.batches(step, denoiser=False):
+                assert isinstance(prompts, list)
+                ids, mask = self._teacher.tokens(prompts, self._device)
+                target = self._teacher.get(teacher_of(self._pipe), prompts, self._device).float()
+                counts = (torch.ones_like(ids) if mask is None else mask).bool()
+                counts &= target.isfinite().all(-1)
+                sums.index_add_(0, ids[counts], F.pad(target[counts], (0, 1), value=1.0))  # a count
+        sums = reduce(sums).double().cpu()
+        seen = sums[:, -1] > 0
+        metric = torch.eye(len(last)) if self._fisher is None else self._fisher
+        values, vectors = torch.linalg.eigh(metric.double().cpu())
+        # In these coordinates, the distance of two means is what the denoiser makes of it.
+        means = sums[seen, :-1] / sums[seen, -1:] @ (vectors * values.sqrt())
+        width = min(table.shape[1], len(first) // 2)
+        # The largest eigenvalues come last.
+        components = torch.linalg.eigh(means.T @ means).eigenvectors[:, 1 - width :]
+        reduced = (means.mean(0) @ components).repeat(len(table), 1)  # of tokens in no prompt
+        reduced[seen] = means @ components
+        # T5's last norm divides an embedding by its length: one channel makes all equally long.
+        squares = reduced.square().sum(1, keepdim=True)
+        scale = (squares.max() / table.shape[1]).sqrt()
+        table.zero_()[:, :width] = torch.cat([reduced, (squares.max() - squares).sqrt()], 1) / scale
+        student.encoder.encoder.final_layer_norm.weight.fill_(1)
+        # ReLU(x) - ReLU(-x) = x. The last layer doesn't read the other channels yet.
+        identity = F.pad(torch.eye(width), (0, table.shape[1] - width))
+        first[: 2 * width] = torch.cat([identity, -identity])
+        back = F.pad(vectors / values.sqrt() @ components * scale, (0, 1))
+        last.zero_()[:, : 2 * width] = torch.cat([back, -back], 1)
+        for name, weight in student.encoder.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):
+                weight.zero_()
 
 
 def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -173,55 +224,3 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
                 tokens += of_tokens.any(1).sum()  # without those that a mask hides
     fisher = total / tokens.clamp(min=1)
     return fisher + 0.01 * fisher.diagonal().mean() * torch.eye(len(fisher), device=device)
-
-
-@torch.no_grad()
-def start_from_teacher(
-    pipe: Any, student: SlimT5Encoder, reservoir: TrajectoryReservoir, config: DistillConfig
-) -> None:
-    """Let a student with random weights begin as a table of the teacher's mean embeddings.
-
-    Its token embeddings are the means of the teacher's embeddings of each token, in their principal
-    components, and its projection undoes that. Its layers add nothing yet: the last matrix of each
-    is zero.
-
-    Args:
-        pipe: The pipeline with the teacher.
-        student: In float32, on the pipeline's device; changed in place.
-        reservoir: Of this process; the prompts of its first updates count, 2,048 in all.
-        config: The settings of both.
-    """
-    device, teacher = torch.device(pipe._execution_device), reservoir.teacher
-    table = student.encoder.get_input_embeddings().weight
-    first, last = (student.final_projection[i].weight for i in (0, -1))
-    sums = table.new_zeros(len(table), len(last) + 1)
-    steps = range(min(math.ceil(2048 / reservoir.together), config.max_steps))
-    for step in tqdm(steps, "average the teacher's embeddings", leave=False):
-        for prompts in reservoir.batches(step, denoiser=False):
-            assert isinstance(prompts, list)
-            ids, mask = teacher.tokens(prompts, device)
-            target = teacher.get(teacher_of(pipe), prompts, device).float()
-            counts = (torch.ones_like(ids) if mask is None else mask).bool()
-            counts &= target.isfinite().all(-1)
-            sums.index_add_(0, ids[counts], F.pad(target[counts], (0, 1), value=1.0))  # a count
-    sums = reduce(sums).cpu()
-    seen = sums[:, -1] > 0
-    means = (sums[seen, :-1] / sums[seen, -1:]).double()
-    width = min(table.shape[1], len(first) // 2)
-    # The largest eigenvalues come last.
-    components = torch.linalg.eigh(means.T @ means).eigenvectors[:, 1 - width :]
-    reduced = (means.mean(0) @ components).repeat(len(table), 1)  # of tokens in no prompt
-    reduced[seen] = means @ components
-    # T5's last norm divides an embedding by its length: one channel makes all equally long.
-    squares = reduced.square().sum(1, keepdim=True)
-    scale = (squares.max() / table.shape[1]).sqrt()
-    table.zero_()[:, :width] = torch.cat([reduced, (squares.max() - squares).sqrt()], 1) / scale
-    student.encoder.encoder.final_layer_norm.weight.fill_(1)
-    # ReLU(x) - ReLU(-x) = x. The last layer doesn't read the other channels yet.
-    identity = F.pad(torch.eye(width), (0, table.shape[1] - width))
-    first[: 2 * width] = torch.cat([identity, -identity])
-    back = F.pad(components * scale, (0, 1))
-    last.zero_()[:, : 2 * width] = torch.cat([back, -back], 1)
-    for name, weight in student.encoder.named_parameters():
-        if name.endswith((".o.weight", ".wo.weight")):
-            weight.zero_()

@@ -29,7 +29,7 @@ from . import pipeline, report
 from .checkpoint import TrainingState, interruptible, locked, master_weights
 from .config import DistillConfig
 from .metrics import VelocityGap, check_student
-from .objective import Objective, start_from_teacher
+from .objective import Objective
 from .prompts import Prompts, PromptSource
 from .reservoir import TrajectoryReservoir
 
@@ -63,7 +63,7 @@ def train(
     Args:
         pipe: A pipeline with a T5 in its text slot, on the device to train on, that of the process.
         student: With the vocabulary of that T5 and its output width. Trained in place. Or a
-            config, for a new student that begins as in `start_from_teacher`.
+            config, for a new student that begins as `Objective.initialize` says.
         prompts: A list, or a file with one prompt on each line; or see `t5slim.distill.prompts`.
         config: The settings; `DistillConfig.paper()` has those of the paper.
         pipeline_kwargs: How to call the pipeline: `height`, `width`, `num_inference_steps`,
@@ -165,7 +165,7 @@ def train(
             objective = Objective(pipe, new if result.steps else reservoir, config)
             del new  # its trajectories would stay in memory beside those of the run
         if result.steps == 0 and fresh:
-            start_from_teacher(pipe, student, reservoir, config)
+            objective.initialize(student, reservoir)
             broadcast(student.state_dict())  # in place: processes may round otherwise
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
