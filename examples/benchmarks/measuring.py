@@ -96,7 +96,7 @@ def machine() -> str:
         each for each in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if each in flags.split()
     ]
     versions = []
-    for package in ("t5slim", "torch", "transformers", "diffusers", "torchao", "bitsandbytes"):
+    for package in ("t5slim", "torch", "transformers", "diffusers", "bitsandbytes"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:

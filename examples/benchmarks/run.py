@@ -29,7 +29,7 @@ from measuring import DEVICE, peak_gib, random_weights, ratio, result, start_pro
 from memory import PIPELINES, tokenizer
 from torch import nn
 from torch.nn import functional as F
-from transformers import T5EncoderModel
+from transformers import BitsAndBytesConfig, T5EncoderModel
 
 import t5slim
 
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=3, help="turns of students")
     parser.add_argument("--xxl-repeats", type=int, default=1, help="turns of T5-XXL; 0: without it")
+    parser.add_argument("--compile", action="store_true", help="compile the students")
     parser.add_argument("--tiny", action="store_true", help="miniature models, to try this script")
     parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)  # of a process of its own
     args = parser.parse_args()
@@ -113,7 +114,7 @@ def products(model: Any, ids: torch.Tensor) -> Callable[[], None]:
         )
         for m in linear
     ]
-    model(ids)
+    model.forward(ids)  # not compiled
     for hook in hooks:
         hook.remove()
     config, (batch, length) = model.config, ids.shape
@@ -153,6 +154,7 @@ def encode(
     batch_sizes: list[int],
     repeats: int,
     bits: int,
+    compiled: bool,
     tiny: bool,
 ) -> dict[str, Any]:
     """Rows of the table of one dtype; `bits` of T5-XXL, or 0 to measure the students alone."""
@@ -160,13 +162,21 @@ def encode(
     if bits:
         teacher = encoder("T5-XXL", dtype, tiny)
         if bits < 16:
-            from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-
-            quantize_(teacher, Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig())
+            with tempfile.TemporaryDirectory() as folder:
+                teacher.save_pretrained(folder)
+                del teacher
+                how: dict[str, Any] = {"load_in_8bit": True}
+                if bits == 4:
+                    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+                    how["bnb_4bit_compute_dtype"] = getattr(torch, dtype)
+                quantized = {"quantization_config": BitsAndBytesConfig(**how), "dtype": "auto"}
+                teacher = T5EncoderModel.from_pretrained(folder, device_map=DEVICE, **quantized)
     for preset in ("base",) if bits else presets:
         student = encoder(preset, dtype, tiny)
         eager = copy.deepcopy(student)
         eager.set_attn_implementation("eager")
+        for model in (student, eager) if compiled else ():
+            model.compile()
         for length in lengths:
             for batch in batch_sizes:
                 ids = torch.randint(3, 32_000, (batch, length), device=DEVICE)
@@ -185,7 +195,10 @@ def forget(folder: str) -> None:
 
 @torch.inference_mode()
 def cold(folder: str, name: str) -> dict[str, Any]:
-    """Load an encoder from the disk, and encode."""
+    """Load an encoder from the disk, and encode; without what transformers does once a process."""
+    with tempfile.TemporaryDirectory() as small:
+        encoder("T5-XXL", "float32", tiny=True).save_pretrained(small)
+        T5EncoderModel.from_pretrained(small)
     forget(folder)
     start = time.perf_counter()
     cls = T5EncoderModel if name == "T5-XXL" else t5slim.SlimT5Encoder
@@ -209,7 +222,7 @@ def throughput(start: float, seconds: float, tiny: bool) -> dict[str, Any]:
 def encoding(args: argparse.Namespace) -> Iterator[str]:
     """Students beside the plain composition, and beside T5-XXL."""
     common = {"lengths": args.lengths, "batch_sizes": args.batch_sizes, "tiny": args.tiny}
-    common["presets"] = args.presets
+    common |= {"presets": args.presets, "compiled": args.compile}
     yield 'eager: with attn_implementation="eager", plain products and a softmax.\n'
     yield (
         "| encoder | dtype | tokens | batch | s | over plain | share of the ceiling "
@@ -244,7 +257,7 @@ def encoding(args: argparse.Namespace) -> Iterator[str]:
             )
         )
         if "failed" in found:
-            yield f"| {name} | left out: too little memory, or torchao isn't there |"
+            yield f"| {name} | left out: too little memory, or no bitsandbytes |"
         for _, length, batch, of in found.get("rows", []):
             share = ratio(of["products"], of["T5-XXL"]) if "products" in of else "-"
             yield (

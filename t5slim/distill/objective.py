@@ -104,9 +104,9 @@ class Objective:
         sums = reduce(sums).double().cpu()
         seen = sums[:, -1] > 0
         metric = torch.eye(len(last)) if self._fisher is None else self._fisher
-        values, vectors = torch.linalg.eigh(metric.double().cpu())
-        # In these coordinates, the distance of two means is what the denoiser makes of it.
-        means = sums[seen, :-1] / sums[seen, -1:] @ (vectors * values.sqrt())
+        # F = R R^T. Multiplied by R, means are as far apart as the denoiser finds them.
+        root = torch.linalg.cholesky(metric.double().cpu())
+        means = sums[seen, :-1] / sums[seen, -1:] @ root
         width = min(table.shape[1], len(first) // 2)
         # The largest eigenvalues come last.
         components = torch.linalg.eigh(means.T @ means).eigenvectors[:, 1 - width :]
@@ -120,7 +120,8 @@ class Objective:
         # ReLU(x) - ReLU(-x) = x. The last layer doesn't read the other channels yet.
         identity = F.pad(torch.eye(width), (0, table.shape[1] - width))
         first[: 2 * width] = torch.cat([identity, -identity])
-        back = F.pad(vectors / values.sqrt() @ components * scale, (0, 1))
+        back = torch.linalg.solve_triangular(root.T, components * scale, upper=True)
+        back = F.pad(back, (0, 1))
         last.zero_()[:, : 2 * width] = torch.cat([back, -back], 1)
         for name, weight in student.encoder.named_parameters():
             if name.endswith((".o.weight", ".wo.weight")):
