@@ -171,6 +171,8 @@ def test_push_to_hub(hub, tmp_path):
     card = ModelCard.load("me/new")
     assert card.text.strip() == "# My own words" and card.data.license == "mit"
     assert card.data.tags == ["mine"]
+    student.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/saved", token=TOKEN)
+    assert hub.repositories["me/saved"].files("main").keys() == names
 
     before = dict(hub.repositories["me/new"].files("main"))
     student.final_projection.to("meta")

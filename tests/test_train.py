@@ -329,15 +329,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.parametrize(
-    "variable, value",
-    [
-        ("MIXED_PRECISION", "bf16"),
-        ("DYNAMO_BACKEND", "INDUCTOR"),
-        ("USE_FSDP", "true"),
-        ("USE_PARALLELISM_CONFIG", "true"),
-    ],
-)
+OTHER_LAUNCHES = {"MIXED_PRECISION": "bf16", "DYNAMO_BACKEND": "INDUCTOR"}
+OTHER_LAUNCHES |= {"USE_FSDP": "true", "USE_PARALLELISM_CONFIG": "true"}
+
+
+@pytest.mark.parametrize("variable, value", OTHER_LAUNCHES.items())
 def test_a_launch_with_other_settings_is_refused(
     variable: str, value: str, environment: Any
 ) -> None:
@@ -347,15 +343,11 @@ def test_a_launch_with_other_settings_is_refused(
     assert not AcceleratorState._shared_state  # which would refuse, or compile, a second try
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"mixed_precision": "fp16"},
-        {"dynamo_backend": "eager"},
-        {"parallelism_config": ParallelismConfig()},
-    ],
-    ids=str,
-)
+EARLIER: list[dict[str, Any]] = [{"mixed_precision": "fp16"}, {"dynamo_backend": "eager"}]
+EARLIER += [{"parallelism_config": ParallelismConfig()}]
+
+
+@pytest.mark.parametrize("settings", EARLIER, ids=str)
 def test_an_earlier_accelerator_changes_nothing(settings: Any, environment: Any) -> None:
     changes = {"gradient_accumulation_steps": 2, "batch_size": 2, "mixed_precision": "bf16"}
     before = run(tiny_flux(), **changes)

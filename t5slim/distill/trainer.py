@@ -153,6 +153,8 @@ def train(
             return shown
 
         teacher_images = sample(pipeline.call_encoder)  # at once: is there room for the decoder?
+        if sampled and not teacher_images:
+            raise DistillError(f"samples_every: {type(pipe).__name__} makes no images.")
         # Not prepared by accelerate, which may compile or cast as an earlier Accelerator said.
         model = DistributedDataParallel(student) if processes > 1 else student
         state = TrainingState(student, optim, reservoir, config)
