@@ -316,7 +316,7 @@ class SlimT5Encoder(T5PreTrainedModel):
         with hub.atomic_save(save_directory) as folder:
             super().save_pretrained(folder, variant=variant, **kwargs | {"max_shard_size": "1TB"})
         if push:
-            self.push_to_hub(**pushed)
+            self.push_to_hub(**pushed)  # type: ignore[arg-type]
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -30,9 +30,10 @@ def result_of(name: str, processes: int = 1, **changes: Any) -> DistillResult:
     [
         ("flux", {"max_steps": 12}, ["eight batches", "two batches", "both", "sharded"]),
         ("sd3", {"max_steps": 4, "fresh": True}, ["eight batches", "two processes"]),
+        ("pixart_sigma", {"max_steps": 4, "fresh": True}, ["eight batches", "two processes"]),
         ("stable_audio", {"max_steps": 6, "reservoir_size": 0}, ["two batches", "two processes"]),
     ],
-    ids=["gather", "guidance", "through the pipeline, consecutive"],
+    ids=["gather", "guidance", "mask", "through the pipeline, consecutive"],
 )
 def test_splits_teach_the_same(name: str, changes: dict[str, Any], splits: list[str]) -> None:
     whole = result_of(name, batch_size=8, **changes)

@@ -36,9 +36,7 @@ OTHERS = re.compile(  # of diffusers, transformers and torch, or without a messa
 )
 BLOCK = re.compile(r"^```(\w+).*\n((?s:.*?))^```$", re.M)
 BLOCKS = {page: BLOCK.findall(text) for page, text in PAGES.items() if page != "docs/log.md"}
-NOT_RUN = {
-    "init_device_mesh": "needs torchrun, with which test_distributed.py runs it",
-}
+NOT_RUN = {"init_device_mesh": "needs torchrun, with which test_distributed.py runs it"}
 # They make an environment, run this file, log in, or need gradio.
 COMMANDS_NOT_RUN = {"pip", "python3", ".", "pytest", "hf", "examples/app/app.py"}
 SMALLER = {

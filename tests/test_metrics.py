@@ -56,12 +56,10 @@ def test_gap_is_0_for_the_teacher_and_1_for_an_empty_prompt(name: str) -> None:
 
 def test_report_by_prompt_and_call() -> None:
     pipe, _, gap = measured("pixart_sigma")
-    student, kwargs = tiny_student(pipe), call_kwargs(pipe)
+    student, call = tiny_student(pipe), call_kwargs(pipe)
     found = gap.report(student)
     assert found.gap == gap(student) == gap(student)
-    assert found.gap == velocity_gap(
-        pipe, student, PROMPTS[:4], pipeline_kwargs=kwargs, batch_size=3
-    )
+    assert found.gap == velocity_gap(pipe, student, PROMPTS[:4], pipeline_kwargs=call, batch_size=3)
     assert found.distances.shape == found.denominators.shape == (4, 3)
     for sums, parts in ((0, found.of_calls), (1, found.of_prompts)):
         weighted = parts * found.denominators.sum(sums)
@@ -80,8 +78,7 @@ def test_interval_and_median_of_a_gap() -> None:
     low, high = report.interval
     # Of a binomial number of misread prompts, 5 of 100 expected: 1 to 10 in 95% of the draws.
     assert (low, high) == pytest.approx((0.01 + 0.59 * 0.01, 0.01 + 0.59 * 0.1), abs=0.006)
-    again = GapReport(distances, torch.ones_like(distances))
-    assert again.interval == report.interval
+    assert GapReport(distances, torch.ones_like(distances)).interval == report.interval
     assert str(report).startswith("0.0395 (95% interval 0.0")
 
 

@@ -46,7 +46,7 @@ def test_fisher_loss_weighs_directions_and_counts_the_embeddings_of_the_mask() -
     assert embedding_loss(-target, target, fisher=fisher).tolist() == [4 * 14.0]
 
 
-@pytest.mark.parametrize("name", ["flux", "pixart_sigma", "stable_audio"])
+@pytest.mark.parametrize("name", ["flux", "pixart_sigma"])
 def test_fisher_loss_is_the_velocity_loss_of_small_errors(name: str) -> None:
     """On average over tokens, prompts and timesteps; and however the batches are cut."""
     pipe, generator, cpu = TINY_PIPELINES[name](), torch.Generator().manual_seed(0), "cpu"
@@ -55,8 +55,6 @@ def test_fisher_loss_is_the_velocity_loss_of_small_errors(name: str) -> None:
     reservoir = TrajectoryReservoir(pipe, PROMPTS, config, pipeline_kwargs=kwargs)
     fisher = fisher_information(pipe, reservoir, config)
     assert torch.equal(fisher, fisher.T) and bool((torch.linalg.eigvalsh(fisher) > 0).all())
-    if name == "stable_audio":  # prompts, and not samples, are what its batches are made of
-        return
 
     def embeddings_of(known: dict[int, torch.Tensor], prompts: tuple[int, ...]) -> torch.Tensor:
         return torch.stack([known[prompt] for prompt in prompts])

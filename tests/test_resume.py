@@ -36,6 +36,7 @@ from t5slim.distill.checkpoint import load_checkpoint
 from t5slim.errors import ConfigError, DistillError
 
 STEPS = RESUMED["max_steps"]
+ERRORS: dict[int, Any] = {signal.SIGTERM: SystemExit, signal.SIGINT: KeyboardInterrupt}
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +109,24 @@ def test_a_second_run_in_the_folder_of_one_is_refused(whole: Path, tmp_path: Pat
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize(
-    "number, error", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
-)
-def test_a_signal_leaves_a_checkpoint(
-    number: signal.Signals, error: type[BaseException], whole: Path, tmp_path: Path
-) -> None:
-    pipe, calls = tiny_flux(), count()
-    hook = pipe.transformer.register_forward_hook(
-        lambda *_: signal.raise_signal(number) if next(calls) == 9 else None
-    )
-    before = signal.getsignal(number)
-    with pytest.raises(error, match=r"after update \d+; .* resume=True to go on"):
+def signal_in_training(pipe: Any, number: int, *when: int) -> Any:
+    """Raise a signal in some denoiser calls of the updates, not of what comes before them."""
+    calls, before, began = count(), signal.getsignal(number), []
+
+    def interrupt(*_: Any) -> None:
+        if began or signal.getsignal(number) is not before:
+            began.append(next(calls))
+            if began[-1] in when:
+                signal.raise_signal(number)
+
+    return pipe.transformer.register_forward_hook(interrupt)
+
+
+@pytest.mark.parametrize("number", ERRORS)
+def test_a_signal_leaves_a_checkpoint(number: int, whole: Path, tmp_path: Path) -> None:
+    pipe, before = tiny_flux(), signal.getsignal(number)
+    hook = signal_in_training(pipe, number, 5)
+    with pytest.raises(ERRORS[number], match=r"after update \d+; .* resume=True to go on"):
         resumable(tmp_path, pipe, checkpoint_every=10**6)
     assert signal.getsignal(number) is before
     (checkpoint,) = checkpoints(tmp_path)
@@ -130,10 +137,10 @@ def test_a_signal_leaves_a_checkpoint(
 
 
 def test_a_second_signal_does_what_it_always_does(pipe: Any, tmp_path: Path) -> None:
-    pipe.transformer.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    signal_in_training(pipe, signal.SIGINT, 0, 1)
     with pytest.raises(KeyboardInterrupt):
-        resumable(tmp_path, pipe)
-    assert not (tmp_path / "checkpoints").exists()  # in the second call of the first update
+        resumable(tmp_path, pipe, checkpoint_every=10**6)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

@@ -308,16 +308,14 @@ def test_what_was_made_in_inference_mode_is_refused(which: str) -> None:
         run(pipe, student)
 
 
-def test_the_environment_can_turn_the_bar_off(monkeypatch: Any, capfd: Any) -> None:
+def test_home_and_progress_bars_are_the_environments(
+    monkeypatch: Any, tmp_path: Path, capfd: Any
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     # As TQDM_DISABLE=1 does, when tqdm is imported.
     monkeypatch.setattr(trainer, "tqdm", partial(trainer.tqdm, disable=True))
-    run(tiny_flux())
-    assert "distil" not in capfd.readouterr().err
-
-
-def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert run(tiny_flux(), output_dir="~/run").output_dir == tmp_path / "run"
+    assert "distil" not in capfd.readouterr().err
     SlimT5Encoder.from_pretrained(tmp_path / "run")
 
 

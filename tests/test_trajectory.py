@@ -16,9 +16,9 @@ from zoo.case import image, images
 
 from t5slim.distill import cache_teacher, capture, velocity_gap
 from t5slim.distill.objective import velocity_loss
-from t5slim.distill.pipeline import autocast_denoisers
+from t5slim.distill.pipeline import autocast_denoisers, call_encoder
 from t5slim.distill.replay import collate, predictions, split_trajectory
-from t5slim.distill.teacher import TeacherEmbeddings, encode_prompts
+from t5slim.distill.teacher import TeacherEmbeddings
 from t5slim.errors import DistillError
 
 GATHERS = ["flux", "sd3", "chroma", "pixart_sigma", "ltx"]
@@ -95,7 +95,7 @@ def test_both_routes_give_the_same_loss_and_gradients(name: str) -> None:
     for route in (calls, whole):
         call = route[-2]  # with a prompt in it: in Chroma, every other call is the negative one
         (prediction,) = predictions(
-            pipe, [call], lambda prompts: encode_prompts(student, teacher, prompts, CPU)
+            pipe, [call], lambda prompts: call_encoder(student, *teacher.tokens(prompts, CPU))
         )
         losses = velocity_loss(prediction, call.target)
         found.append((losses, torch.autograd.grad(losses.mean(), list(student.parameters()))))
@@ -230,4 +230,4 @@ def test_a_random_scheduler_without_the_generator_is_refused() -> None:
     trajectory.denoiser_calls[1].kwargs["hidden_states"].add_(0.1)
     student = tiny_student(pipe)
     with pytest.raises(DistillError, match="another hidden_states"):
-        next(predictions(pipe, calls, lambda i: encode_prompts(student, teacher, i, CPU)))
+        next(predictions(pipe, calls, lambda i: call_encoder(student, *teacher.tokens(i, CPU))))

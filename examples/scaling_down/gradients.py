@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from t5slim import SlimT5Encoder
 from t5slim.distill import capture
 from t5slim.distill.objective import embedding_loss, velocity_loss
-from t5slim.distill.pipeline import frozen
+from t5slim.distill.pipeline import call_encoder, frozen
 from t5slim.distill.replay import collate, predict, split_trajectory
-from t5slim.distill.teacher import TeacherEmbeddings, encode_prompts
+from t5slim.distill.teacher import TeacherEmbeddings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from scaling_down.study import SIZES, Group
@@ -50,11 +50,11 @@ def main() -> None:
     def of_embeddings(student: nn.Module) -> Tensor:
         batch = rng.sample(prompts, BATCH_SIZES["embedding"])
         target = teacher.get(pipe.text_encoder_2, batch, pipe.device)
-        return embedding_loss(encode_prompts(student, teacher, batch, pipe.device), target)
+        return embedding_loss(call_encoder(student, *teacher.tokens(batch, pipe.device)), target)
 
     def of_predictions(student: nn.Module) -> Tensor:
         batch = collate(rng.sample(samples, BATCH_SIZES["velocity"]))
-        embeddings = encode_prompts(student, teacher, batch.prompts, pipe.device)
+        embeddings = call_encoder(student, *teacher.tokens(batch.prompts, pipe.device))
         return velocity_loss(predict(pipe, batch, embeddings), batch.target)
 
     print("| size | embedding | velocity |\n|---|---:|---:|")

@@ -82,19 +82,23 @@ def load_without_t5(run: Namespace, accelerator: Accelerator) -> Any:
     return run.pipeline.load([slot.name])
 
 
-def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any) -> str:
+def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any, processes: int) -> str:
     """Make four updates without velocity and four with it, and extrapolate to the run."""
+    together = config.batch_size * config.gradient_accumulation_steps * processes
     settings: Any = {"max_steps": 8, "embedding_phase": 0.5, "velocity_every": 1, "reuse": 1e9}
-    settings |= {"objective": {"velocity": 1, "embedding": 1}, "samples_every": 0, "trackers": ()}
+    losses = {"embedding", *config.objective} - {"fisher"}  # of which all updates are alike
+    settings |= {"objective": dict.fromkeys(losses, 1.0), "samples_every": 0, "trackers": ()}
     trial = replace(config, eval_every=1, **settings)
     result = train(pipe, student, run.prompts, trial, pipeline_kwargs=run.pipeline_kwargs)
     seconds = [b - a for a, b in pairwise([0.0, *(e["seconds"] for e in result.history)])]
     embedding, velocity = median(seconds[1:4]), median(seconds[5:])
-    captures = result.student_samples / 4 / (config.reuse * result.teacher_samples)
+    captures = result.student_samples / 4 / (config.reuse * max(1, result.teacher_samples))
     through = sum("velocity" in config.weights_at(step) for step in range(config.max_steps))
     update = velocity + captures * (seconds[4] - velocity)  # with its share of the trajectories
-    total, peak = through * update, result.peak_memory_gib
-    total += (config.max_steps - through) * embedding
+    total, peak = (config.max_steps - through) * embedding, result.peak_memory_gib
+    if "fisher" in config.objective:  # measured first, on 512 samples
+        through += min(512 // together, config.max_steps)
+    total += through * update
     lines = [f"peak memory  {peak:.2f} GiB, before the reservoir is full"] if peak else []
     lines += [f"update       {embedding:.3g} s, with velocity and its trajectories {update:.3g} s"]
     lines += [f"run          about {timedelta(seconds=round(total))}, beside T5 and evaluations"]
@@ -130,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pipe = load_without_t5(run, accelerator)
             stack.enter_context(cached_teacher(pipe, run.teacher_cache))
         if run.dry_run:
-            outcome: Any = measure(run, config, pipe, student)
+            outcome: Any = measure(run, config, pipe, student, accelerator.num_processes)
         else:
             if accelerator.is_main_process and not (folder / METADATA).exists():
                 write_atomic(folder / "run.yaml", text.encode())

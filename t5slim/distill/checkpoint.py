@@ -93,7 +93,9 @@ class TrainingState:
     def ema_weights(self) -> Iterator[None]:
         """The student with its EMA weights in eval mode; afterwards with its own again."""
         with evaluating(self.result.student), ExitStack() as stack:
-            if self.ema:
+            if (
+                self.ema and self.ema.optimization_step
+            ):  # before, it has what a student had at first
                 self.ema.store(self.parameters)
                 stack.callback(self.ema.restore, self.parameters)
                 self.ema.copy_to(self.parameters)
@@ -134,11 +136,10 @@ class TrainingState:
         for old in _files(folder)[:-keep]:
             old.unlink()
 
-    def restore(self, folder: Path, identity: Mapping[str, Any], max_steps: int) -> None:
+    def restore(self, folder: Path, identity: Mapping[str, Any]) -> None:
         """Go on from the run's newest checkpoint, bitwise, if there is one that is whole.
 
-        Before `max_steps`, trajectories are sampled again. A DistillError refuses a checkpoint of
-        another optimizer or student.
+        A DistillError refuses a checkpoint of another optimizer or student.
         """
         if (state := load_checkpoint(folder, identity)) is None:
             return
@@ -161,7 +162,7 @@ class TrainingState:
         except Exception as error:  # of whichever part doesn't fit
             how = "pass the student and optimizer that it was started with, or remove that file"
             raise DistillError(f"The newest checkpoint doesn't fit: {error!r}; {how}.") from error
-        self._reservoir.restore(state["reservoir"], finished=result.steps == max_steps)
+        self._reservoir.restore(state["reservoir"])
 
 
 def load_checkpoint(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -225,7 +226,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def master_weights(student: nn.Module, device: torch.device) -> Iterator[None]:
-    """The student in float32 on `device`, in training mode; afterwards as it was, in eval mode.
+    """The student in float32 on `device`, in training mode; afterwards in its dtype, in eval mode.
 
     Updates of 1e-4 of a weight are lost in bfloat16's 8 bits.
     """

@@ -120,7 +120,7 @@ class DistillConfig:
         return dict(self.objective) if velocity else others
 
     def adamw(self, parameters: list[nn.Parameter], width: int) -> AdamW:
-        """The optimizer by default, with the paper's weight decay, of a student of this width."""
+        """The default optimizer of a student of this width, with the paper's weight decay."""
         return AdamW(parameters, self.learning_rate or 0.128 / width, weight_decay=1e-3, fused=True)
 
     @property

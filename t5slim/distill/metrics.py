@@ -18,10 +18,10 @@ from ..hub import check_weights
 from ..patch import check_fit, student_config
 from ..slot import TextSlot, compute_dtype, embedding_width, is_student
 from .objective import velocity_loss
-from .pipeline import batches_of, evaluating, teacher_of
+from .pipeline import batches_of, call_encoder, evaluating, teacher_of
 from .prompts import Prompts, PromptSource
 from .replay import NO_PROMPT, Call, EmbeddingsOf, predictions, split_trajectory
-from .teacher import TeacherEmbeddings, encode_prompts
+from .teacher import TeacherEmbeddings
 from .trajectory import capture
 
 
@@ -45,7 +45,7 @@ class GapReport:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval of the gap over other prompts alike: a percentile bootstrap, seeded."""
+        """The 95% interval of the gap over other such prompts: a percentile bootstrap, seeded."""
         P = len(self.distances)
         drawn = torch.randint(P, (2000, P), generator=torch.Generator().manual_seed(0))
         gaps = self.distances.sum(1)[drawn].sum(1) / self.denominators.sum(1)[drawn].sum(1)
@@ -198,9 +198,10 @@ class VelocityGap:
 
     def report(self, student: nn.Module) -> GapReport:
         """The gap of a student by prompt and call; its mode is as before."""
-        of_student = partial(encode_prompts, student, self._teacher, device=self._device)
+        tokens = partial(self._teacher.tokens, device=self._device)
         with evaluating(student):
-            return GapReport(self._distances(of_student), self._denominators)
+            distances = self._distances(lambda prompts: call_encoder(student, *tokens(prompts)))
+        return GapReport(distances, self._denominators)
 
     @torch.no_grad()
     def _distances(self, embeddings_of: EmbeddingsOf) -> Tensor:

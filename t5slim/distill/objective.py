@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..encoder import SlimT5Encoder
+from ..errors import DistillError
 from .config import DistillConfig
-from .pipeline import autocast_denoisers, teacher_of
+from .pipeline import autocast_denoisers, call_encoder, teacher_of
 from .replay import predictions
 from .reservoir import Batch, TrajectoryReservoir
-from .teacher import encode_prompts
 
 
 class Objective:
@@ -28,17 +28,15 @@ class Objective:
 
     Args:
         pipe: The pipeline with the teacher.
-        reservoir: That the batches are drawn from; new, as `fisher_information` draws the first.
+        reservoir: That of the batches, still unused: `fisher_information` draws from it first.
         config: The settings of both.
     """
 
     def __init__(self, pipe: Any, reservoir: TrajectoryReservoir, config: DistillConfig) -> None:
         self._pipe, self._teacher, self._config = pipe, reservoir.teacher, config
         self._device = torch.device(pipe._execution_device)
-        self._fisher: Tensor | None = None
-        if "fisher" in config.objective:
-            fisher = fisher_information(pipe, reservoir, config)
-            self._fisher = reduce(fisher, "mean")  # of all processes
+        weighted = "fisher" in config.objective
+        self._fisher = fisher_information(pipe, reservoir, config) if weighted else None
 
     def __call__(
         self, student: Callable[..., Any], batch: Batch, weights: Mapping[str, float]
@@ -57,7 +55,7 @@ class Objective:
         @cache  # encoded once, for the prediction and for the losses of embeddings
         def embeddings_of(prompts: tuple[int, ...]) -> Tensor:
             different = list(dict.fromkeys(prompts))
-            encoded = encode_prompts(student, self._teacher, different, self._device)
+            encoded = call_encoder(student, *self._teacher.tokens(different, self._device))
             return encoded[[different.index(prompt) for prompt in prompts]]
 
         losses: dict[str, Tensor] = {}
@@ -87,7 +85,8 @@ class Objective:
 
         Args:
             student: In float32, on the pipeline's device; changed in place.
-            reservoir: Of this process; the prompts of its first updates count, 2,048 in all.
+            reservoir: Of this process. 2,048 prompts are averaged, those of its first updates;
+                fewer in a shorter run.
         """
         table = student.encoder.get_input_embeddings().weight
         first, last = (student.final_projection[i].weight for i in (0, -1))
@@ -101,11 +100,11 @@ class Objective:
                 counts = (torch.ones_like(ids) if mask is None else mask).bool()
                 counts &= target.isfinite().all(-1)
                 sums.index_add_(0, ids[counts], F.pad(target[counts], (0, 1), value=1.0))  # a count
-        sums = reduce(sums).double().cpu()
+        sums = reduce(sums).cpu().double()  # MPS has no float64
         seen = sums[:, -1] > 0
         metric = torch.eye(len(last)) if self._fisher is None else self._fisher
         # F = R R^T. Multiplied by R, means are as far apart as the denoiser finds them.
-        root = torch.linalg.cholesky(metric.double().cpu())
+        root = torch.linalg.cholesky(metric.cpu().double())
         means = sums[seen, :-1] / sums[seen, -1:] @ root
         width = min(table.shape[1], len(first) // 2)
         # The largest eigenvalues come last.
@@ -118,10 +117,9 @@ class Objective:
         table.zero_()[:, :width] = torch.cat([reduced, (squares.max() - squares).sqrt()], 1) / scale
         student.encoder.encoder.final_layer_norm.weight.fill_(1)
         # ReLU(x) - ReLU(-x) = x. The last layer doesn't read the other channels yet.
-        identity = F.pad(torch.eye(width), (0, table.shape[1] - width))
+        identity = torch.eye(width, table.shape[1])
         first[: 2 * width] = torch.cat([identity, -identity])
-        back = torch.linalg.solve_triangular(root.T, components * scale, upper=True)
-        back = F.pad(back, (0, 1))
+        back = F.pad(torch.linalg.solve_triangular(root.T, components * scale, upper=True), (0, 1))
         last.zero_()[:, : 2 * width] = torch.cat([back, -back], 1)
         for name, weight in student.encoder.named_parameters():
             if name.endswith((".o.weight", ".wo.weight")):
@@ -159,7 +157,7 @@ def embedding_loss(
 
     $L = \sum_t d_t^\top F d_t$, with d the difference of two embeddings: with the
     `fisher_information` F, what the differences would add to `velocity_loss` if they were small and
-    each alone, for no denoiser pass; without, naive distillation, the mean squared error.
+    didn't interact, for no denoiser pass; without, naive distillation, the mean squared error.
 
     Where the pipeline gives the encoder a mask (PixArt, Chroma), the embeddings of the mask count;
     where it gives none (FLUX.1, SD3), all of them, as the denoiser then attends to padding, too.
@@ -190,8 +188,8 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
     embedding of one token, at the teacher's embeddings along its trajectories: an error d of that
     embedding adds about $d^\top F d$ to `velocity_loss`. It is the Fisher information of a Gaussian
     whose mean is the prediction, estimated by the gradients of random projections: with r from
-    N(0, I), $E[J^\top r r^\top J] = J^\top J$. Of 512 samples, or a shorter run's; 1% of its mean
-    eigenvalue is added, for directions that none of them showed.
+    N(0, I), $E[J^\top r r^\top J] = J^\top J$. Measured on 512 samples, or those of
+    a shorter run; 1% of its mean eigenvalue is added, for directions that none of them showed.
 
     Args:
         pipe: The pipeline with the teacher.
@@ -199,8 +197,7 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
         config: The settings of both.
 
     Returns:
-        (D, D) float32 on the pipeline's device, symmetric and positive definite: the share of this
-        process, whose mean over the processes is that of all.
+        (D, D) float32 on the pipeline's device, symmetric and positive definite, of all processes.
     """
     device, teacher = torch.device(pipe._execution_device), reservoir.teacher
     total, tokens = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -218,10 +215,14 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
             # Each sample's own noise, however the samples are spread over batches and processes.
             seeds = [step * reservoir.together + group[i % len(group)] for i in range(len(batch))]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            noise = randn_tensor(prediction.shape, generators, device, torch.float32)
-            for gradient in torch.autograd.grad((prediction.float() * noise).sum(), leaves):
-                of_tokens = gradient.float().flatten(0, 1)
+            noise = randn_tensor(prediction.shape, generators, device, prediction.dtype)
+            # Where the pipeline isn't a gather, a call needn't read all of the prompts.
+            for gradient in torch.autograd.grad(prediction, leaves, noise, materialize_grads=True):
+                of_tokens = gradient.float().flatten(0, 1).nan_to_num(0, 0, 0)  # float16 overflows
                 total = total + of_tokens.T @ of_tokens / prediction[0].numel()
                 tokens += of_tokens.any(1).sum()  # without those that a mask hides
-    fisher = total / tokens.clamp(min=1)
+    total, tokens = reduce((total, tokens), "sum")
+    if not total.any():
+        raise DistillError(f"The denoiser of this {type(pipe).__name__} reads nothing of its T5.")
+    fisher = total / tokens
     return fisher + 0.01 * fisher.diagonal().mean() * torch.eye(len(fisher), device=device)

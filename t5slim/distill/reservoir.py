@@ -94,6 +94,12 @@ class TrajectoryReservoir:
             yield from (self._read(step, group) for group in self.groups)
             return
         consecutive = self._config.reservoir_size == 0
+        again = range(max(0, self._rounds - (self._held.maxlen or 0)), self._rounds)
+        if again and not self._held:  # what `restore` left out
+            count = self.teacher_samples
+            for round_ in tqdm(again, "sample the trajectories again", leave=False):
+                self._held.append([self._captured(round_, group) for group in self.groups])
+            self.teacher_samples = count
         if self._due <= 0 or not self._held:
             self._held.append([self._captured(self._rounds, group) for group in self.groups])
             self._rounds += 1
@@ -167,14 +173,10 @@ class TrajectoryReservoir:
         names = ("_rounds", "_due", "teacher_samples", "student_samples")
         return {name: getattr(self, name) for name in names}
 
-    def restore(self, state: Mapping[str, Any], *, finished: bool = False) -> None:
-        """Go on from `state`; the trajectories that the reservoir held are sampled again.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; the trajectories that were held are sampled again, once they matter.
 
-        They are bitwise the same, and needn't be saved: 256 of FLUX at 512 pixels would be 1.3 GB
-        with each checkpoint. If the run is `finished`, nothing will be drawn any more.
+        They are bitwise the same; 256 of FLUX at 512 pixels would be 1.3 GB in each checkpoint.
         """
-        held = range(max(0, state["_rounds"] - (self._held.maxlen or 0)), state["_rounds"])
-        for round_ in [] if finished else tqdm(held, "sample the trajectories again", leave=False):
-            self._held.append([self._captured(round_, group) for group in self.groups])
-        for name in self.state():
-            setattr(self, name, state[name])
+        self._held.clear()
+        vars(self).update({name: state[name] for name in self.state()})

@@ -44,7 +44,7 @@ class TeacherEmbeddings:
     """The prompts that pass through the text slot, each encoded by the teacher only once.
 
     A prompt is what the encoder sees of it, ids and mask: the empty prompt of classifier-free
-    guidance is one entry. Of the embeddings 8 GiB stay, the oldest make room.
+    guidance is one entry. Up to 8 GiB of embeddings are kept; the oldest are dropped first.
 
     The embeddings of a prompt depend on nothing but the prompt, bit for bit: neither on its batch
     nor on what was encoded before. So a run that was resumed sees those of one that wasn't.
@@ -123,13 +123,6 @@ class TeacherEmbeddings:
                 with torch.no_grad():
                     found = pipeline.call_encoder(forward, *self.tokens(filled, device))
                 yield from zip(batch, found, strict=False)
-
-
-def encode_prompts(
-    encoder: Any, teacher: TeacherEmbeddings, indices: Sequence[int], device: torch.device
-) -> Tensor:
-    """A student's embeddings of prompts by index, (B, S, D)."""
-    return pipeline.call_encoder(encoder, *teacher.tokens(indices, device))
 
 
 def prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
-from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from diffusers.optimization import get_scheduler
 from huggingface_hub import HfApi
 from PIL import Image
@@ -61,7 +61,7 @@ def train(
     device computes the same twice). On SIGTERM and Ctrl-C it writes one first.
 
     Args:
-        pipe: A pipeline with a T5 in its text slot, on the device to train on, that of the process.
+        pipe: A pipeline with a T5 in its text slot, on this process's device, to train on.
         student: With the vocabulary of that T5 and its output width. Trained in place. Or a
             config, for a new student that begins as `Objective.initialize` says.
         prompts: A list, or a file with one prompt on each line; or see `t5slim.distill.prompts`.
@@ -134,7 +134,6 @@ def train(
         stack.enter_context(master_weights(student, device))
         # Dropout draws from the global generators: seeded below, and given back as they were.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        interrupted = stack.enter_context(interruptible())
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optim = optimizer(trained) if optimizer else config.adamw(trained, student.config.d_model)
         common: Any = {"pipeline_kwargs": kwargs, "process": (accelerator.process_index, processes)}
@@ -145,30 +144,26 @@ def train(
         sampled = measure.prompts[:4] if measure and config.samples_every else []
 
         def sample(encode: pipeline.Encode) -> list[Image.Image]:
-            shown: list[Image.Image] = []
-            for seed, text in enumerate(sampled, config.seed):  # one by one, to save memory
-                shown += pipeline.run_pipeline(
-                    pipe, [text], kwargs, [seed], encode=encode, decode=True
-                )
-            return shown
+            generate = partial(pipeline.run_pipeline, pipe, encode=encode, decode=True)
+            calls = enumerate(sampled, config.seed)  # one by one, to save memory
+            return [image for seed, text in calls for image in generate([text], kwargs, [seed])]
 
         teacher_images = sample(pipeline.call_encoder)  # at once: is there room for the decoder?
         if sampled and not teacher_images:
             raise DistillError(f"samples_every: {type(pipe).__name__} makes no images.")
-        # Not prepared by accelerate, which may compile or cast as an earlier Accelerator said.
-        model = DistributedDataParallel(student) if processes > 1 else student
         state = TrainingState(student, optim, reservoir, config)
         result = state.result
         result.output_dir = folder
         if resume:
-            state.restore(checkpoints, facts["identity"], config.max_steps)
+            state.restore(checkpoints, facts["identity"])
         if result.steps < config.max_steps:  # if resumed, by the samples that it began with
             new = TrajectoryReservoir(pipe, source, config, **common, teacher=reservoir.teacher)
             objective = Objective(pipe, new if result.steps else reservoir, config)
             del new  # its trajectories would stay in memory beside those of the run
         if result.steps == 0 and fresh:
             objective.initialize(student, reservoir)
-            broadcast(student.state_dict())  # in place: processes may round otherwise
+        # Not prepared by accelerate, which may compile or cast as an earlier Accelerator said.
+        model = DistributedDataParallel(student) if processes > 1 else student
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         scheduler = get_scheduler(  # not prepared: accelerate would step it once for each process
@@ -191,6 +186,7 @@ def train(
         quiet = {} if main else {"disable": True}  # False would outweigh TQDM_DISABLE
         bar = tqdm(total=config.max_steps, initial=result.steps, desc="distil", **quiet)
         stack.enter_context(bar)
+        interrupted = stack.enter_context(interruptible())
         groups = config.gradient_accumulation_steps
         while result.steps < config.max_steps:
             start = time.perf_counter()
@@ -220,6 +216,7 @@ def train(
                 total, count = accelerator.reduce(state.losses, "sum").tolist()
                 result.loss = total / count if count else float("nan")
                 result.peak_memory_gib = report.peak_memory_gib(device)
+                result.report = result.gap = None  # if the evaluation fails
                 with guarded("The last evaluation"), state.ema_weights():
                     if measure is not None:
                         result.report = measure.report(student)
@@ -242,7 +239,8 @@ def train(
                         grid.save(folder / f"samples-{result.steps:08d}.png")
             # The signal that any process got, or 0.
             signals = torch.tensor([*interrupted, 0], device=device).max()
-            stop = int(accelerator.gather(signals).max())
+            if stop := int(accelerator.gather(signals).max()):
+                state.losses = accelerator.reduce(state.losses, "mean")  # as every process loads it
             if folder and (finished or stop or result.steps % config.checkpoint_every == 0):
                 with guarded("The last checkpoint"):
                     state.save(checkpoints, config.keep_checkpoints, facts["identity"])
@@ -251,7 +249,7 @@ def train(
                 message = f"Stopped after update {result.steps}{how if folder else ''}."
                 raise KeyboardInterrupt(message) if stop == SIGINT else SystemExit(message)
             bar.update()
-        if state.ema:
+        if state.ema and state.ema.optimization_step:
             state.ema.copy_to(state.parameters)
         stack.close()  # the student is in its own dtype again
         if main:
@@ -306,9 +304,7 @@ def _side_job(what: str) -> Iterator[None]:
         logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
 
 
-def _finish(
-    result: report.DistillResult, facts: Mapping[str, Any], push_to_hub: str | None
-) -> None:
+def _finish(result: report.DistillResult, facts: Mapping[str, Any], repo_id: str | None) -> None:
     """Save the student, then what shows it: a failure there doesn't lose the student."""
     folder, student, images = result.output_dir, result.student, []
     if result.gap is not None and not result.gap <= 0.9:  # 1 is that of an empty prompt
@@ -327,5 +323,5 @@ def _finish(
         with _side_job("The model card"):
             card = model_card(student, folder.resolve().name, **shown)
             write_atomic(folder / "README.md", str(card).encode())
-    if push_to_hub:
-        student.push_to_hub(push_to_hub, files=images, **shown)
+    if repo_id:
+        student.push_to_hub(repo_id, files=images, **shown)

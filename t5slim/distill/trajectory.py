@@ -132,7 +132,7 @@ def capture(
     Raises:
         NoT5SlotError: The pipeline has no T5.
         DistillError: The pipeline doesn't take these `pipeline_kwargs`, or doesn't call its
-            denoiser; or that has a cache.
+            denoiser; or the denoiser has a cache.
     """
     pipeline.check_no_cache(pipe)
     layouts = {} if layouts is None else layouts

@@ -24,8 +24,10 @@ from helpers.trajectories import CPU, assert_replays, captured, known
 from tiny import TEXT_WIDTH, tiny_student
 
 import t5slim
+from t5slim.distill import DistillConfig, TrajectoryReservoir
+from t5slim.distill.objective import fisher_information
+from t5slim.distill.pipeline import call_encoder
 from t5slim.distill.replay import Samples, predictions
-from t5slim.distill.teacher import encode_prompts
 from t5slim.errors import DistillError
 from t5slim.slot import TextSlot
 from zoo import CASES
@@ -90,11 +92,14 @@ def measure(case: Case) -> str:
     route, why = ("gather", "") if gather else ("fallback", calls[0].trajectory.reason)
     assert route == case.route and case.fallback in why, why
     assert_replays(pipe, calls, teacher)
-    own = predictions(pipe, calls, lambda i: encode_prompts(student, teacher, known(i), CPU))
+    own = predictions(pipe, calls, lambda i: call_encoder(student, *teacher.tokens(known(i), CPU)))
     losses = [(p - call.target).square().mean() for p, call in zip(own, calls, strict=True)]
     torch.stack(losses).mean().backward()
     # Not to clip, but for the norm and its check.
     assert clip_grad_norm_(student.parameters(), math.inf, error_if_nonfinite=True) > 0
+    config = DistillConfig(max_steps=3, batch_size=len(case.texts), prompt_dropout=0.0)
+    reservoir = TrajectoryReservoir(pipe, case.texts, config, pipeline_kwargs=call)
+    assert fisher_information(pipe, reservoir, config).isfinite().all()
     return f"| {route}: {why} | {place}" if why else f"| {route} | {place}"
 
 
