@@ -201,7 +201,8 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
     """
     device, teacher = torch.device(pipe._execution_device), reservoir.teacher
     total, tokens = torch.zeros((), device=device), torch.zeros((), device=device)
-    for step in range(min(math.ceil(512 / reservoir.together), config.max_steps)):
+    steps = range(min(math.ceil(512 / reservoir.together), config.max_steps))
+    for step in tqdm(steps, "measure the Fisher information", leave=False):
         for group, batch in zip(reservoir.groups, reservoir.batches(step), strict=True):
             assert not isinstance(batch, list)
             leaves: list[Tensor] = []
