@@ -305,18 +305,19 @@ class SlimT5Encoder(T5PreTrainedModel):
         Args:
             save_directory: The folder, made where needed.
             variant: Written into the names of the files, as `model.fp16.safetensors`.
-            **kwargs: As of transformers; with `push_to_hub=True`, `repo_id` is the folder's name.
+            **kwargs: As of transformers. `push_to_hub=True` uploads the student without a variant.
 
         Raises:
             CheckpointError: There is a LoRA in the student, or it has no weights.
         """
         hub.check_no_lora(self)
-        push, pushed = kwargs.pop("push_to_hub", False), {"repo_id": Path(save_directory).name}
-        pushed |= {key: kwargs.pop(key) for key in ("repo_id", "token", "private") if key in kwargs}
+        push, path = kwargs.pop("push_to_hub", False), Path(save_directory).expanduser().resolve()
+        names = ("repo_id", "token", "private", "commit_message", "create_pr", "revision")
+        pushed: Any = {"repo_id": path.name} | {k: kwargs.pop(k) for k in names if k in kwargs}
         with hub.atomic_save(save_directory) as folder:
             super().save_pretrained(folder, variant=variant, **kwargs | {"max_shard_size": "1TB"})
         if push:
-            self.push_to_hub(**pushed)  # type: ignore[arg-type]
+            self.push_to_hub(**pushed)
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -86,8 +86,9 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any, proc
     """Make four updates without velocity and four with it, and extrapolate to the run."""
     together = config.batch_size * config.gradient_accumulation_steps * processes
     settings: Any = {"max_steps": 8, "embedding_phase": 0.5, "velocity_every": 1, "reuse": 1e9}
-    losses = {"embedding", *config.objective} - {"fisher"}  # of which all updates are alike
-    settings |= {"objective": dict.fromkeys(losses, 1.0), "samples_every": 0, "trackers": ()}
+    others = {*config.objective} - {"embedding"}  # which all go back through the denoiser
+    losses = {"embedding": 1.0} | ({"velocity": 1.0} if others else {})
+    settings |= {"objective": losses, "samples_every": 0, "trackers": ()}
     trial = replace(config, eval_every=1, **settings)
     result = train(pipe, student, run.prompts, trial, pipeline_kwargs=run.pipeline_kwargs)
     seconds = [b - a for a, b in pairwise([0.0, *(e["seconds"] for e in result.history)])]
@@ -97,10 +98,11 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any, proc
     update = velocity + captures * (seconds[4] - velocity)  # with its share of the trajectories
     total, peak = (config.max_steps - through) * embedding, result.peak_memory_gib
     if "fisher" in config.objective:  # measured first, on 512 samples
-        through += min(512 // together, config.max_steps)
+        through += min(-(-512 // together), config.max_steps)
     total += through * update
     lines = [f"peak memory  {peak:.2f} GiB, before the reservoir is full"] if peak else []
-    lines += [f"update       {embedding:.3g} s, with velocity and its trajectories {update:.3g} s"]
+    also = f", with velocity and its trajectories {update:.3g} s" if through else ""
+    lines += [f"update       {embedding:.3g} s{also}"]
     lines += [f"run          about {timedelta(seconds=round(total))}, beside T5 and evaluations"]
     return "\n".join(lines)
 

@@ -136,10 +136,7 @@ class TrainingState:
             old.unlink()
 
     def restore(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Go on from the run's newest checkpoint, bitwise, if there is one that is whole.
-
-        A DistillError refuses a checkpoint of another optimizer or student.
-        """
+        """Go on from the newest whole checkpoint, if any; a DistillError if it doesn't fit."""
         if (state := load_checkpoint(folder, identity)) is None:
             return
         result, own = self.result, self._state()

@@ -239,9 +239,10 @@ def train(
                         grid.save(folder / f"samples-{result.steps:08d}.png")
             # The signal that any process got, or 0.
             signals = torch.tensor([*interrupted, 0], device=device).max()
-            if stop := int(accelerator.gather(signals).max()):
+            stop = int(accelerator.gather(signals).max())
+            if saving := finished or stop or result.steps % config.checkpoint_every == 0:
                 state.losses = accelerator.reduce(state.losses, "mean")  # as every process loads it
-            if folder and (finished or stop or result.steps % config.checkpoint_every == 0):
+            if folder and saving:
                 with guarded("The last checkpoint"):
                     state.save(checkpoints, config.keep_checkpoints, facts["identity"])
             if stop:
