@@ -24,12 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from t5slim import SlimT5Encoder
-from t5slim.distill import (
-    DistillConfig,
-    Objective,
-    TrajectoryReservoir,
-    VelocityGap,
-)
+from t5slim.distill import DistillConfig, Objective, TrajectoryReservoir, VelocityGap
 from t5slim.distill.pipeline import frozen
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

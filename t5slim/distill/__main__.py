@@ -21,6 +21,7 @@ from ..hub import local_path, write_atomic
 from ..slot import TextSlot
 from .arguments import Prompts, command_parser, exit_on_error, parse_arguments
 from .config import DistillConfig
+from .objective import FISHER_SAMPLES
 from .pipeline import DENOISERS, check_pipeline_kwargs
 from .prompts import PromptSource, split_held_out
 from .report import METADATA, check_output_dir
@@ -97,8 +98,8 @@ def measure(run: Namespace, config: DistillConfig, pipe: Any, student: Any, proc
     through = sum("velocity" in config.weights_at(step) for step in range(config.max_steps))
     update = velocity + captures * (seconds[4] - velocity)  # with its share of the trajectories
     total, peak = (config.max_steps - through) * embedding, result.peak_memory_gib
-    if "fisher" in config.objective:  # measured first, on 512 samples
-        through += min(-(-512 // together), config.max_steps)
+    if "fisher" in config.objective:  # measured before the first update
+        through += min(-(-FISHER_SAMPLES // together), config.max_steps)
     total += through * update
     lines = [f"peak memory  {peak:.2f} GiB, before the reservoir is full"] if peak else []
     also = f", with velocity and its trajectories {update:.3g} s" if through else ""

@@ -93,8 +93,7 @@ class TrainingState:
     def ema_weights(self) -> Iterator[None]:
         """The student with its EMA weights in eval mode; afterwards with its own again."""
         with evaluating(self.result.student), ExitStack() as stack:
-            # Before the first update, it holds what a new student was before it was initialized.
-            if self.ema and self.ema.optimization_step:
+            if self.ema:
                 self.ema.store(self.parameters)
                 stack.callback(self.ema.restore, self.parameters)
                 self.ema.copy_to(self.parameters)

@@ -22,6 +22,8 @@ from .pipeline import autocast_denoisers, call_encoder, teacher_of
 from .replay import predictions
 from .reservoir import Batch, TrajectoryReservoir
 
+FISHER_SAMPLES = 512
+
 
 class Objective:
     """The weighted sum of the losses in `config.objective`, for one pipeline.
@@ -76,17 +78,15 @@ class Objective:
 
     @torch.no_grad()
     def initialize(self, student: SlimT5Encoder, reservoir: TrajectoryReservoir) -> None:
-        """Let a student with random weights begin as a table of the teacher's mean embeddings.
+        """Initialize a student as a table of the teacher's mean embeddings.
 
         Its token embeddings are the means of the teacher's embeddings of each token, reduced to
-        their principal components as the denoiser sees them (by `fisher`, if it is in the
-        objective), and its projection undoes that. Its layers add nothing yet: the last matrix of
-        each is zero.
+        their principal components (in the metric of F, if the objective has "fisher"), and its
+        projection undoes that. Its layers add nothing yet: the last matrix of each is zero.
 
         Args:
             student: In float32, on the pipeline's device; changed in place.
-            reservoir: Of this process. 2,048 prompts are averaged, those of its first updates;
-                fewer in a shorter run.
+            reservoir: Of this process. The prompts of its first updates are averaged, up to 2,048.
         """
         table = student.encoder.get_input_embeddings().weight
         first, last = (student.final_projection[i].weight for i in (0, -1))
@@ -201,7 +201,7 @@ def fisher_information(pipe: Any, reservoir: TrajectoryReservoir, config: Distil
     """
     device, teacher = torch.device(pipe._execution_device), reservoir.teacher
     total, tokens = torch.zeros((), device=device), torch.zeros((), device=device)
-    steps = range(min(math.ceil(512 / reservoir.together), config.max_steps))
+    steps = range(min(math.ceil(FISHER_SAMPLES / reservoir.together), config.max_steps))
     for step in tqdm(steps, "measure the Fisher information", leave=False):
         for group, batch in zip(reservoir.groups, reservoir.batches(step), strict=True):
             assert not isinstance(batch, list)

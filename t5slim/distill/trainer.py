@@ -63,7 +63,7 @@ def train(
     Args:
         pipe: A pipeline with a T5 in its text slot, on this process's device, to train on.
         student: With the vocabulary of that T5 and its output width. Trained in place. Or a
-            config, for a new student that begins as `Objective.initialize` says.
+            config, for a new student, initialized by `Objective.initialize`.
         prompts: A list, or a file with one prompt on each line; or see `t5slim.distill.prompts`.
         config: The settings; `DistillConfig.paper()` has those of the paper.
         pipeline_kwargs: How to call the pipeline: `height`, `width`, `num_inference_steps`,
@@ -152,16 +152,17 @@ def train(
         if sampled and not teacher_images:
             raise DistillError(f"samples_every: {type(pipe).__name__} makes no images.")
         state = TrainingState(student, optim, reservoir, config)
-        result = state.result
-        result.output_dir = folder
         if resume:
             state.restore(checkpoints, facts["identity"])
-        if result.steps < config.max_steps:  # if resumed, by the samples that it began with
+        if state.result.steps < config.max_steps:  # if resumed, by the samples that it began with
             new = TrajectoryReservoir(pipe, source, config, **common, teacher=reservoir.teacher)
-            objective = Objective(pipe, new if result.steps else reservoir, config)
+            objective = Objective(pipe, new if state.result.steps else reservoir, config)
             del new  # its trajectories would stay in memory beside those of the run
-        if result.steps == 0 and fresh:
+        if state.result.steps == 0 and fresh:
             objective.initialize(student, reservoir)
+            state = TrainingState(student, optim, reservoir, config)  # whose EMA begins with that
+        result = state.result
+        result.output_dir = folder
         # Not prepared by accelerate, which may compile or cast as an earlier Accelerator said.
         model = DistributedDataParallel(student) if processes > 1 else student
         for group in optim.param_groups:
@@ -241,7 +242,7 @@ def train(
             signals = torch.tensor([*interrupted, 0], device=device).max()
             stop = int(accelerator.gather(signals).max())
             if saving := finished or stop or result.steps % config.checkpoint_every == 0:
-                state.losses = accelerator.reduce(state.losses, "mean")  # as every process loads it
+                state.losses = accelerator.reduce(state.losses, "mean")  # every process loads them
             if folder and saving:
                 with guarded("The last checkpoint"):
                     state.save(checkpoints, config.keep_checkpoints, facts["identity"])
@@ -250,7 +251,7 @@ def train(
                 message = f"Stopped after update {result.steps}{how if folder else ''}."
                 raise KeyboardInterrupt(message) if stop == SIGINT else SystemExit(message)
             bar.update()
-        if state.ema and state.ema.optimization_step:
+        if state.ema:
             state.ema.copy_to(state.parameters)
         stack.close()  # the student is in its own dtype again
         if main:
